@@ -1,0 +1,161 @@
+"""Activation functions phi, by name or as any callable, and what is known of each.
+
+The backward pass multiplies by phi'(z) at every layer, so whether a gradient can survive is largely a matter of the range of phi'.
+Its derivative is taken by autodiff throughout the library; the functions here are written so that autodiff gets it right in the
+tails too. `jnp.tanh` and `jax.nn.sigmoid` differentiate through y (1 - y), which is 0 in float32 from z = 9 and z = 17 on;
+
+    tanh'(z) = 4 s(2z) s(-2z),    sigmoid'(z) = s(z) s(-z),    s = sigmoid,
+
+are right until phi' itself underflows, near |z| = 50 and 100. The values are those of jax.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vgrad.base import Phi
+
+__all__ = ["REGISTRY", "Activation", "get", "softmax", "table"]
+
+
+class Activation(NamedTuple):
+    """An activation and its facts. Ranges are (infimum, supremum); whether they are attained is not said.
+
+    Attributes:
+      phi: the function, elementwise; autodiff gives its derivative.
+      formula: as printed in the table.
+      range: of phi.
+      slope_range: of phi', where it exists.
+      slopes: limits of phi(z) / z for z -> -inf and z -> +inf.
+      breakpoints: where phi or phi' is not smooth: a quadrature should be cut there.
+    """
+
+    phi: Callable
+    formula: str
+    range: tuple[float, float]
+    slope_range: tuple[float, float]
+    slopes: tuple[float, float]
+    breakpoints: tuple[float, ...] = ()
+
+
+def _with_derivative(phi, derivative):
+    phi = jax.custom_jvp(phi)
+    phi.defjvp(lambda primals, tangents: (phi(*primals), derivative(*primals) * tangents[0]))
+    return phi
+
+
+_s = jax.nn.sigmoid
+sigmoid = _with_derivative(_s, lambda z: sigmoid(z) * sigmoid(-z))
+tanh = _with_derivative(jnp.tanh, lambda z: 4 * sigmoid(2 * z) * sigmoid(-2 * z))
+softplus = _with_derivative(jax.nn.softplus, lambda z: sigmoid(z))
+
+
+def silu(z):
+    return z * sigmoid(z)
+
+
+def gelu(z):
+    return 0.5 * z * jax.scipy.special.erfc(-z * math.sqrt(0.5))
+
+
+def gelu_tanh(z):
+    # (1 + tanh u) / 2 = sigmoid(2 u), without the cancellation at large negative u.
+    return z * sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+
+
+def identity(z):
+    return z
+
+
+def leaky_relu(z):
+    return jax.nn.leaky_relu(z, 0.01)
+
+
+def softmax(z):
+    """exp(z_i) / sum_j exp(z_j) over the last axis, in (0, 1): an output. Its units depend on one another, so it is no phi."""
+    return jax.nn.softmax(z, axis=-1)
+
+
+_INF = math.inf
+_SELU = 1.0507009873554805, 1.0507009873554805 * 1.6732632423543772  # lambda, lambda * alpha of Klambauer et al., 2017
+
+REGISTRY: dict[str, Activation] = {
+    "identity": Activation(identity, "z", (-_INF, _INF), (1, 1), (1, 1)),
+    "sigmoid": Activation(sigmoid, "1 / (1 + exp(-z))", (0, 1), (0, 0.25), (0, 0)),
+    "tanh": Activation(tanh, "tanh(z)", (-1, 1), (0, 1), (0, 0)),
+    "relu": Activation(jax.nn.relu, "max(z, 0)", (0, _INF), (0, 1), (0, 1), (0.0,)),
+    "leaky_relu": Activation(leaky_relu, "max(z, 0.01 z)", (-_INF, _INF), (0.01, 1), (0.01, 1), (0.0,)),
+    "erf": Activation(jax.lax.erf, "erf(z)", (-1, 1), (0, 2 / math.sqrt(math.pi)), (0, 0)),
+    "sin": Activation(jnp.sin, "sin(z)", (-1, 1), (-1, 1), (0, 0)),
+    "hard_tanh": Activation(jax.nn.hard_tanh, "min(max(z, -1), 1)", (-1, 1), (0, 1), (0, 0), (-1.0, 1.0)),
+    "elu": Activation(jax.nn.elu, "z if z > 0 else exp(z) - 1", (-1, _INF), (0, 1), (0, 1), (0.0,)),
+    "selu": Activation(
+        jax.nn.selu, "1.0507 z if z > 0 else 1.7581 (exp(z) - 1)", (-_SELU[1], _INF), (0, _SELU[1]), (0, _SELU[0]), (0.0,)
+    ),
+    "softplus": Activation(softplus, "ln(1 + exp(z))", (0, _INF), (0, 1), (0, 1)),
+    "gelu": Activation(
+        gelu, "z (1 + erf(z / sqrt 2)) / 2", (-0.16997120747990369, _INF), (-0.12890414, 1.12890414), (0, 1)
+    ),
+    "gelu_tanh": Activation(
+        gelu_tanh, "z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2", (-0.17004075057125412, _INF), (-0.129, 1.129), (0, 1)
+    ),
+    "silu": Activation(silu, "z / (1 + exp(-z))", (-0.27846454276107378, _INF), (-0.09983924, 1.09983924), (0, 1)),
+}
+
+
+def get(phi: str | Phi) -> Phi:
+    """The function of a registered name, or `phi` itself if it is an elementwise function.
+
+    Raises:
+      ValueError: unknown name; or a callable that changes the shape or the dtype, or is not elementwise.
+      TypeError: neither a name nor callable.
+    """
+    if isinstance(phi, str):
+        if phi in REGISTRY:
+            return REGISTRY[phi].phi
+        if phi == "softmax":
+            raise ValueError("softmax is not elementwise, so it cannot be phi; pass it as the network's `output`.")
+        near = difflib.get_close_matches(phi, REGISTRY, 1)
+        raise ValueError(
+            f"unknown activation {phi!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(REGISTRY)}."
+        )
+    if not callable(phi):
+        raise TypeError(f"phi is {type(phi).__name__}, expected a name or an elementwise function of an array.")
+    _check_elementwise(phi)
+    return phi
+
+
+def _check_elementwise(phi):
+    name = getattr(phi, "__name__", repr(phi))
+    with jax.ensure_compile_time_eval():  # concrete numbers even where a network is built inside a trace
+        z = jnp.array([[-1.5, 0.25], [0.75, 2.0]])
+        whole = phi(z)
+        if jnp.shape(whole) != z.shape or whole.dtype != z.dtype:
+            raise ValueError(
+                f"phi={name} maps {z.dtype}{list(z.shape)} to {whole.dtype}{list(jnp.shape(whole))}, expected the same shape and "
+                "dtype: phi acts on each unit alone."
+            )
+        single = jnp.stack([phi(u[None])[0] for u in z.ravel()]).reshape(z.shape)
+        if not jnp.allclose(whole, single, rtol=1e-3, atol=1e-6, equal_nan=True):
+            raise ValueError(
+                f"phi={name} is not elementwise: one unit's value changes with its neighbours (softmax, normalisation?). "
+                "Pass such a function as the network's `output`, or put it in a block with vgrad.layers.plain."
+            )
+
+
+def table() -> str:
+    """The registry as a Markdown table."""
+
+    def show(v):
+        return "-inf" if v == -_INF else "inf" if v == _INF else f"{v:.5g}"
+
+    rows = ["| name | phi(z) | range of phi | range of phi' | slope at -inf | slope at +inf |", "|---|---|---|---|---|---|"]
+    for name, a in REGISTRY.items():
+        ranges = (f"({show(lo)}, {show(hi)})" if lo != hi else f"{{{show(lo)}}}" for lo, hi in (a.range, a.slope_range))
+        rows.append(f"| `{name}` | {a.formula} | {' | '.join(ranges)} | {show(a.slopes[0])} | {show(a.slopes[1])} |")
+    rows.append("| `softmax` (output) | exp(z_i) / sum_j exp(z_j) | (0, 1) | (-0.25, 0.25) | 0 | 0 |")
+    return "\n".join(rows)

@@ -1,0 +1,216 @@
+"""Layers: the operations that blocks are made of, and constructors of `Block`.
+
+Every operation takes its input in one of two forms. On plain arrays it is the plain formula, differentiated by `jax.grad` like
+anything else. On `Scaled` numbers it is the same formula at any magnitude, and `affine` is then a **probe**: it passes the
+cotangent on and gives, as the "gradient" of a dummy argument, norms of what it saw,
+
+    ||delta||, ||dJ/dW||, ||dJ/db||, ||W^T delta||,      ||dJ/dW||_F^2 = sum((H H^T) * (D D^T)),
+
+the second from two [B, B] Gram matrices, so that dJ/dW is never formed where the batch is smaller than the fan-in. A block is
+written once; what is measured and what is trained are the same function.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from vgrad import activations, initializers
+from vgrad.base import Affine, Array, Block, Phi
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, norm, pow2, shift
+
+__all__ = ["Probed", "activate", "affine", "affine_of", "dense", "layernorm_dense", "linear", "normalise", "plain", "residual", "with_probe"]
+
+
+class Probed(NamedTuple):
+    """An `Affine` under measurement.
+
+    Attributes:
+      w, b: as in `Affine`.
+      probe: zeros of shape [4, 2]. Its cotangent holds the `LogNorm`s of delta, dJ/dW, dJ/db and W^T delta, in this order.
+    """
+
+    w: Array
+    b: Array
+    probe: Array
+
+
+def affine_of(params) -> Affine:
+    """The one `Affine` in the parameters of a block. ValueError unless there is exactly one."""
+    found = [p for p in jax.tree.leaves(params, is_leaf=_is_affine) if _is_affine(p)]
+    if len(found) != 1:
+        raise ValueError(f"the block's parameters hold {len(found)} Affine maps, expected 1: a layer is one weight matrix.")
+    return found[0]
+
+
+def with_probe(params, probe: Array):
+    """The same parameters with the `Affine` made a `Probed`, ready for `Block.apply` on `Scaled` numbers."""
+    return jax.tree.map(lambda p: Probed(*p, probe) if _is_affine(p) else p, params, is_leaf=_is_affine)
+
+
+def _is_affine(p):
+    return isinstance(p, Affine)
+
+
+def affine(p: Affine | Probed, h, *, precision="highest"):
+    """z = h @ w + b, on an array [B, fan_in] with an `Affine`, or on a `Scaled` number of that shape with a `Probed`."""
+    if not isinstance(h, Scaled):
+        return jnp.dot(h, p.w, precision=precision) + p.b
+    e = exponent(h.m)
+    m, k = shift(h.m, -e), h.k + e
+    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + lift(p.b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _probed_dot(precision, m, k, w, probe):
+    """m @ w, with NaN for inf. Differentiable in m and, in the sense of the module docstring, in the probe."""
+    z = jnp.dot(m, w, precision=precision)
+    return jnp.where(jnp.isfinite(z), z, jnp.nan)
+
+
+def _probed_dot_fwd(precision, m, k, w, probe):
+    # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
+    by_gram = m.shape[0] < m.shape[1]
+    seen = jnp.dot(m, m.T, precision=precision) if by_gram else m
+    return _probed_dot(precision, m, k, w, probe), (seen, k, w)
+
+
+def _probed_dot_bwd(precision, residuals, c):
+    seen, k, w = residuals
+    e = exponent(c)
+    d = pow2(c, -e)  # entries below 1, so that no square of interest underflows
+    d_in = jnp.dot(d, w.T, precision=precision)
+    delta = norm(d, e)
+    if seen.shape[1] != w.shape[0]:
+        sumsq_w = _resolved(jnp.sum(jnp.dot(seen, d, precision=precision) * d), jnp.trace(seen) * delta.sumsq)
+    else:
+        sumsq_w = jnp.sum(jnp.square(jnp.dot(seen.T, d, precision=precision)))
+    norms = (delta, LogNorm(sumsq_w, (e + k).astype(d.dtype)), norm(jnp.sum(d, axis=0), e), norm(d_in, e))
+    return pow2(d_in, e), None, None, jnp.stack([jnp.stack(n) for n in norms])
+
+
+def _resolved(sumsq, bound):
+    """NaN where a sum of Gram matrices is rounding noise: `bound` >= sumsq is what the samples would give if they all agreed."""
+    return jnp.where(sumsq < 64 * jnp.finfo(sumsq.dtype).eps * bound, jnp.nan, sumsq)
+
+
+_probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd)
+
+
+def activate(phi: Phi, z):
+    """h = phi(z) elementwise, on an array or on a `Scaled` number.
+
+    Within the headroom this is phi itself. Beyond it, phi is its asymptote: phi(z) ~ phi(z0) / z0 * z, with z0 = ±2^headroom where
+    |z| is larger, and phi(z) ~ phi(0) + phi'(z0) z with z0 = ±2^-headroom where all of z is smaller. Both are exact to float
+    rounding for a phi that is asymptotically linear, constant or bounded on either side, as every activation of the registry is;
+    a phi that grows faster reads NaN where it leaves the float range.
+    """
+    if not isinstance(z, Scaled):
+        return phi(z)
+    far = jnp.asarray(2.0 ** headroom(z.m.dtype), z.m.dtype)
+    value, tiny = pow2(z.m, z.k), z.k < 0
+    at = jnp.where(tiny, jnp.sign(z.m) / far, jnp.clip(value, -far, far))
+    y, slope = jax.jvp(phi, (at,), (jnp.ones_like(at),))
+    asymptote = jnp.where(z.m > 0, _slope_at(phi, far), _slope_at(phi, -far))
+    linear = jnp.where(tiny, phi(jnp.zeros_like(far)) == 0, (jnp.abs(value) > far) & (asymptote != 0))
+    slope = jnp.where(linear & ~tiny, asymptote, slope)
+    k = jnp.where(jnp.any(linear & (slope * z.m != 0)), z.k, 0)
+    return Scaled(_with_slope(z.m, jnp.where(linear, slope * z.m, pow2(y, -k)), slope), k)
+
+
+def _slope_at(phi, z):
+    """phi(z) / z if phi is linear out there, 0 if it stays small against z, NaN otherwise."""
+    s, half = phi(z) / z, phi(z / 2) / (z / 2)
+    bounded = jnp.abs(s) < 1 / jnp.sqrt(jnp.abs(z))
+    return jnp.where(bounded, 0, jnp.where(jnp.abs(s - half) <= 1e-3 * jnp.abs(s), s, jnp.nan))
+
+
+@jax.custom_vjp
+def _with_slope(z, y, slope):
+    """y, taken to depend on z with the given elementwise slope: one multiplication per cotangent, whatever phi costs."""
+    return y
+
+
+_with_slope.defvjp(lambda z, y, slope: (y, slope), lambda slope, c: (c * slope, None, None))
+
+
+def normalise(h, *, eps=1e-5):
+    """(h - mean) / sqrt(var + eps) over the last axis, on an array or on a `Scaled` number. Ba et al., 2016 (arXiv:1607.06450)."""
+
+    def standardise(m, var_unit, eps):
+        m = m - jnp.mean(m, axis=-1, keepdims=True)
+        return m / jnp.sqrt(jnp.mean(jnp.square(m), axis=-1, keepdims=True) * var_unit + eps)
+
+    if not isinstance(h, Scaled):
+        return standardise(h, 1, eps)
+    # h = m 2^k. For k > 0 the result is of order 1 and its derivative carries 2^-k; for k < 0 the eps rules and both carry none.
+    one = jnp.ones((), h.m.dtype)
+    up, down = pow2(one, -jnp.maximum(h.k, 0)), pow2(one, jnp.minimum(h.k, 0))
+    return Scaled(standardise(_scale_cotangent(h.m, up), down**2, eps * up**2), jnp.minimum(h.k, 0))
+
+
+@jax.custom_vjp
+def _scale_cotangent(x, factor):
+    return x
+
+
+_scale_cotangent.defvjp(lambda x, factor: (x, factor), lambda factor, c: (c * factor, None))
+
+
+def plain(fn: Callable) -> Callable:
+    """Lets any array function stand in a block: on a `Scaled` number it sees the plain value, and so has the plain float range."""
+    return lambda h: lift(fn(shift(h.m, h.k))) if isinstance(h, Scaled) else fn(h)
+
+
+def linear(fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights="normal", precision="highest") -> Block:
+    """h -> h @ w + b, with w drawn by `weights` and multiplied by sigma_w, and b ~ N(0, sigma_b^2).
+
+    Args:
+      fan_in, fan_out: widths, at least 1.
+      sigma_w: multiplies what `weights` draws; the weight std times sqrt(fan_in) for the unit initializers. Shape [], traceable.
+      sigma_b: bias std. Shape [], traceable.
+      weights: a name from `vgrad.initializers` or any function with the `jax.nn.initializers` signature (key, shape, dtype).
+      precision: of the matrix products, as in `jax.lax.Precision`.
+    Raises:
+      ValueError: a width below 1, a negative sigma, an unknown initializer.
+    """
+    for name, n in (("fan_in", fan_in), ("fan_out", fan_out)):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} is {n!r}, expected an integer of at least 1: a layer needs a unit.")
+    initializers.check_sigma("sigma_w", sigma_w)
+    initializers.check_sigma("sigma_b", sigma_b)
+    draw = initializers.get(weights)
+
+    def init(key):
+        key_w, key_b = jax.random.split(key)
+        dtype = jnp.result_type(float)
+        w = jnp.asarray(sigma_w, dtype) * draw(key_w, (fan_in, fan_out), dtype)
+        return Affine(w, jnp.asarray(sigma_b, dtype) * jax.random.normal(key_b, (fan_out,), dtype))
+
+    return Block(init, partial(affine, precision=precision))
+
+
+def dense(fan_in, fan_out, *, phi, **options) -> Block:
+    """h -> phi(h @ w + b). Options as for `linear`."""
+    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
+    return Block(init, lambda p, h: activate(phi, apply(p, h)))
+
+
+def layernorm_dense(fan_in, fan_out, *, phi, **options) -> Block:
+    """h -> phi(normalise(h @ w + b)), the summed inputs normalised without gain or bias of their own. Ba et al., 2016, eq. 4."""
+    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
+    return Block(init, lambda p, h: activate(phi, normalise(apply(p, h))))
+
+
+def residual(fan_in, fan_out, *, phi, **options) -> Block:
+    """h -> h + phi(h) @ w + b, the pre-activation residual block. He et al., 2016 (arXiv:1603.05027), eq. 5.
+
+    Raises:
+      ValueError: fan_in differs from fan_out.
+    """
+    if fan_in != fan_out:
+        raise ValueError(f"residual got widths {fan_in} -> {fan_out}, expected equal ones: the skip connection adds h to the output.")
+    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
+    return Block(init, lambda p, h: h + apply(p, activate(phi, h)))

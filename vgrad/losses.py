@@ -1,0 +1,47 @@
+"""Scalar losses over a batch: the mean over its rows, so that J does not grow with the batch.
+
+The backward pass starts from dJ/dy: for the squared error (y - t) / B, for the cross-entropy (softmax(y) - onehot) / B. The second is
+bounded however large the logits are; the first carries an exploding forward pass on into the gradient.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from vgrad.base import Array
+
+__all__ = ["cross_entropy", "squared_error"]
+
+
+def squared_error(y: Array, target: Array) -> Array:
+    """J = sum((y - target)^2) / (2 B).
+
+    Args:
+      y: outputs. Shape [B, out_dim].  target: the same shape.
+    Raises:
+      ValueError: the shapes differ.
+    """
+    if jnp.shape(y) != jnp.shape(target):
+        raise ValueError(f"target has shape {jnp.shape(target)}, expected that of y, {jnp.shape(y)}.")
+    return 0.5 * jnp.sum(jnp.square(y - target)) / y.shape[0]
+
+
+def cross_entropy(y: Array, labels: Array) -> Array:
+    """J = -mean_b ln softmax(y_b)[labels_b].
+
+    Args:
+      y: logits. Shape [B, out_dim].
+      labels: integers in [0, out_dim). Shape [B]. Under `jit`, where they cannot be looked at, one out of range makes J NaN.
+    Raises:
+      ValueError: labels of another shape, or out of range.  TypeError: labels that are not integers.
+    """
+    if jnp.shape(labels) != jnp.shape(y)[:1]:
+        raise ValueError(f"labels have shape {jnp.shape(labels)}, expected {jnp.shape(y)[:1]}: one class index per row of y.")
+    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
+        raise TypeError(f"labels have dtype {jnp.asarray(labels).dtype}, expected integers: class indices, not one-hot rows.")
+    num = y.shape[-1]
+    inside = (labels >= 0) & (labels < num)
+    if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):
+        bad = jnp.asarray(labels)[~inside][0]
+        raise ValueError(f"labels contain {bad}, expected 0..{num - 1}: y has {num} columns (out_dim).")
+    picked = jnp.take_along_axis(jax.nn.log_softmax(y), jnp.where(inside, labels, 0)[:, None], axis=-1)[:, 0]
+    return -jnp.mean(jnp.where(inside, picked, jnp.nan))

@@ -1,0 +1,92 @@
+"""Networks: an embedding, a stack of equal blocks, a readout. Depth is the number of weight matrices,
+
+    y = output(readout(block_{L-1}(... block_2(embed(x))))),
+
+and a leading axis of the parameters walked by `lax.scan`, so that 10,000 layers compile as fast as 10. Layer l of one key is the
+same draw at every depth: networks of different depths from one key share their first layers, and the readout too.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vgrad import activations, layers
+from vgrad.base import Array, Block, Network, Params, Phi
+
+__all__ = ["check_depth", "mlp", "stack"]
+
+
+def mlp(
+    width: int,
+    phi: str | Phi,
+    in_dim: int,
+    out_dim: int,
+    *,
+    sigma_w=1.0,
+    sigma_b=0.0,
+    weights="normal",
+    hidden: Callable[..., Block] = layers.dense,
+    output: str | Callable[[Array], Array] = "identity",
+    precision="highest",
+) -> Network:
+    """A fully connected network: phi(W_1 x), then `hidden` layers of equal width, then W_L h with no phi.
+
+    Args:
+      width: units per hidden layer, N.
+      phi: activation, by name or any elementwise function.
+      in_dim, out_dim: width of the input and of the output.
+      sigma_w, sigma_b: stds of weights (times sqrt(fan_in)) and biases, in every layer. Shape [], traceable.
+      weights: initializer, by name or with the `jax.nn.initializers` signature; sigma_w multiplies what it draws.
+      hidden: constructor of the hidden block, as `layers.dense`, `layers.residual` or `layers.layernorm_dense`.
+      output: applied to z_L by `forward`: "softmax", the name of an activation, or a function.
+      precision: of the matrix products; "highest" is full float32 on every backend, "default" trades it for speed.
+    Raises:
+      ValueError: a width below 1, a negative sigma, an unknown name, a phi that is not elementwise.
+    """
+    options = dict(sigma_w=sigma_w, sigma_b=sigma_b, weights=weights, precision=precision)
+    phi = activations.get(phi)
+    if output == "softmax":
+        output = activations.softmax
+    elif isinstance(output, str):
+        output = activations.get(output)
+    return stack(
+        layers.dense(in_dim, width, phi=phi, **options),
+        hidden(width, width, phi=phi, **options),
+        layers.linear(width, out_dim, **options),
+        output=output,
+    )
+
+
+def stack(embed: Block, block: Block, readout: Block, *, output: Callable[[Array], Array] = activations.identity) -> Network:
+    """A `Network` from three blocks: `embed` once, `block` L - 2 times, `readout` once."""
+
+    def init(key: Array, depth: int) -> Params:
+        check_depth(depth)
+        key_embed, key_hidden, key_readout = jax.random.split(key, 3)
+        keys = jax.vmap(lambda l: jax.random.fold_in(key_hidden, l))(jnp.arange(2, depth))
+        return Params(embed.init(key_embed), jax.vmap(block.init)(keys), readout.init(key_readout))
+
+    def forward(params: Params, x: Array) -> Array:
+        check_input(params, x)
+        h = embed.apply(params.embed, x)
+        h, _ = lax.scan(lambda h, p: (block.apply(p, h), None), h, params.hidden)
+        return output(readout.apply(params.readout, h))
+
+    return Network(init, forward, embed, block, readout, output)
+
+
+def check_depth(depth) -> None:
+    """Raises for anything but an integer of at least 2."""
+    if isinstance(depth, bool) or not hasattr(depth, "__index__"):
+        raise TypeError(f"depth is {depth!r}, expected an integer: the number of weight matrices. It fixes shapes, so it cannot be traced.")
+    if int(depth) < 2:
+        raise ValueError(f"depth is {int(depth)}, expected at least 2: an embedding and a readout.")
+
+
+def check_input(params: Params, x) -> None:
+    """Raises ValueError unless x is a batch of rows of the width that the embedding takes."""
+    fan_in = layers.affine_of(params.embed).w.shape[0]
+    if jnp.ndim(x) != 2 or x.shape[1] != fan_in:
+        raise ValueError(f"x has shape {jnp.shape(x)}, expected [B, {fan_in}]: a batch of rows. For one sample use x[None].")
