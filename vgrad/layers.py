@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, norm, pow2, shift
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, norm, pow2, scale, shift
 
 __all__ = ["Probed", "activate", "affine", "affine_of", "dense", "layernorm_dense", "linear", "normalise", "plain", "residual", "with_probe"]
 
@@ -78,17 +79,51 @@ def _probed_dot_fwd(precision, m, k, w, probe):
 
 
 def _probed_dot_bwd(precision, residuals, c):
-    seen, k, w = residuals
-    e = exponent(c)
-    d = pow2(c, -e)  # entries below 1, so that no square of interest underflows
-    d_in = jnp.dot(d, w.T, precision=precision)
-    delta = norm(d, e)
+    d_in, norms = _by_lanes(partial(_affine_cotangent, precision))(c, *residuals)
+    return d_in, None, None, norms
+
+
+def _by_lanes(fn):
+    """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [B, D, N] -> ([B, D, M], [D, ...]).
+
+    `vmap` of the result over c alone calls `fn` once, lanes in the middle. Its own rules would move them to the front, which costs
+    a transposition of all lanes at every layer.
+    """
+
+    def single(c, *rest):
+        out, *others = fn(c[:, None], *rest)
+        return out[:, 0], *(o[0] for o in others)
+
+    def rule(axis_size, in_batched, c, *rest):
+        if in_batched[0] and not any(in_batched[1:]):
+            out, *others = fn(jnp.moveaxis(c, 0, 1), *rest)
+            out = jnp.moveaxis(out, 1, 0), *others
+        else:
+            out = jax.vmap(single, in_axes=[0 if b else None for b in in_batched])(c, *rest)
+        return out, (True,) * len(out)
+
+    one = jax.custom_batching.custom_vmap(single)
+    one.def_vmap(rule)
+    return one
+
+
+def _affine_cotangent(precision, c, seen, k, w):
+    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 4, 2]. Each product is one two-dimensional matmul."""
+    c = lax.optimization_barrier(c)  # XLA would compute it anew for each of its readers
+    c_in = jnp.dot(c, w.T, precision=precision)
+    delta = norm(c, _LANES, e=0)
     if seen.shape[1] != w.shape[0]:
-        sumsq_w = _resolved(jnp.sum(jnp.dot(seen, d, precision=precision) * d), jnp.trace(seen) * delta.sumsq)
+        weighed = jnp.tensordot(seen, c, 1, precision=precision)
+        sumsq = jnp.sum(scale(weighed, -2 * delta.exponent[0].astype(int)) * c, _LANES)
+        grad_w = LogNorm(_resolved(sumsq, jnp.trace(seen) * delta.sumsq), delta.exponent)
     else:
-        sumsq_w = jnp.sum(jnp.square(jnp.dot(seen.T, d, precision=precision)))
-    norms = (delta, LogNorm(sumsq_w, (e + k).astype(d.dtype)), norm(jnp.sum(d, axis=0), e), norm(d_in, e))
-    return pow2(d_in, e), None, None, jnp.stack([jnp.stack(n) for n in norms])
+        grad_w = norm(jnp.tensordot(seen.T, c, 1, precision=precision), _LANES, e=0)
+    grad_w = grad_w._replace(exponent=grad_w.exponent + k.astype(c.dtype))
+    norms = (delta, grad_w, norm(jnp.sum(c, axis=0), -1), norm(c_in, _LANES, e=exponent(w)))
+    return c_in, jnp.stack([jnp.stack(n, axis=-1) for n in norms], axis=-2)
+
+
+_LANES = (0, 2)  # the axes of [B, D, N] that belong to one lane
 
 
 def _resolved(sumsq, bound):
@@ -110,14 +145,15 @@ def activate(phi: Phi, z):
     if not isinstance(z, Scaled):
         return phi(z)
     far = jnp.asarray(2.0 ** headroom(z.m.dtype), z.m.dtype)
-    value, tiny = pow2(z.m, z.k), z.k < 0
-    at = jnp.where(tiny, jnp.sign(z.m) / far, jnp.clip(value, -far, far))
+    m = lax.stop_gradient(z.m)
+    value, tiny = pow2(m, z.k), z.k < 0
+    at = jnp.where(tiny, jnp.sign(m) / far, jnp.clip(value, -far, far))
     y, slope = jax.jvp(phi, (at,), (jnp.ones_like(at),))
-    asymptote = jnp.where(z.m > 0, _slope_at(phi, far), _slope_at(phi, -far))
+    asymptote = jnp.where(m > 0, _slope_at(phi, far), _slope_at(phi, -far))
     linear = jnp.where(tiny, phi(jnp.zeros_like(far)) == 0, (jnp.abs(value) > far) & (asymptote != 0))
     slope = jnp.where(linear & ~tiny, asymptote, slope)
-    k = jnp.where(jnp.any(linear & (slope * z.m != 0)), z.k, 0)
-    return Scaled(_with_slope(z.m, jnp.where(linear, slope * z.m, pow2(y, -k)), slope), k)
+    k = jnp.where(jnp.any(linear & (slope * m != 0)), z.k, 0)
+    return Scaled(_with_slope(z.m, jnp.where(linear, slope * m, pow2(y, -k)), slope), k)
 
 
 def _slope_at(phi, z):
@@ -133,7 +169,8 @@ def _with_slope(z, y, slope):
     return y
 
 
-_with_slope.defvjp(lambda z, y, slope: (y, slope), lambda slope, c: (c * slope, None, None))
+_times = _by_lanes(lambda c, slope: (c * slope[:, None],))
+_with_slope.defvjp(lambda z, y, slope: (y, slope), lambda slope, c: (*_times(c, slope), None, None))
 
 
 def normalise(h, *, eps=1e-5):

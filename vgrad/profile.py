@@ -23,7 +23,7 @@ from jax import lax
 from vgrad.base import Array, Block, Network, Params, Profile
 from vgrad.layers import affine_of, with_probe
 from vgrad.network import check_depth, check_input
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2, scale
 
 __all__ = ["Readings", "check_depths", "profile", "read", "to_profile"]
 
@@ -106,7 +106,7 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
     columns = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]])
     is_top = (jnp.arange(num_hidden + 2) == entries[:, None] + 1)[..., None]
     norms = jnp.where(is_top[..., None], top[:, None], jnp.moveaxis(columns, 0, 1))
-    h_norms = jnp.stack(jax.vmap(lambda h: norm(h.m, h.k))(states), axis=-1)
+    h_norms = jnp.stack(jax.vmap(lambda h: _norm_of(h))(states), axis=-1)
     h_norms = jnp.where(is_top, h_top[:, None], jnp.concatenate([h_norms, jnp.zeros_like(h_norms[:1])]))
     return Readings(*(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1]) for i in range(4)), LogNorm(h_norms[..., 0], h_norms[..., 1]))
 
@@ -140,12 +140,17 @@ _LANE = _Lanes(1, 0)  # where vmap finds the lanes
 def _rescaled(c, e):
     """One lane with its entries brought to order 1. Exact."""
     by = exponent(c)
-    return _Lanes(pow2(c, -by), e + by)
+    return _Lanes(scale(c, -by), e + by)
 
 
 def _carry(norms, e):
     """Norms [D, 4, 2] that were read on lanes of exponent e."""
     return norms.at[..., 1].add(e[:, None].astype(norms.dtype))
+
+
+def _norm_of(h: Scaled) -> LogNorm:
+    n = norm(h.m)
+    return n._replace(exponent=n.exponent + h.k.astype(h.m.dtype))
 
 
 def _linearise(block: Block, params, h: Scaled):
@@ -193,7 +198,7 @@ def _readout(net, params, h, loss):
     y, vjp = _linearise(net.readout, params, h)
     lane = _loss_cotangent(loss, y)
     c, norms = vjp(lane.c)
-    return _rescaled(c, lane.e), _carry(norms[None], lane.e[None])[0], jnp.stack(norm(y.m, y.k))
+    return _rescaled(c, lane.e), _carry(norms[None], lane.e[None])[0], jnp.stack(_norm_of(y))
 
 
 def _loss_cotangent(loss, y: Scaled):
@@ -232,13 +237,15 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
 
         def step(carry, layer, active=active):
             (c, e), (l, p, kept) = carry, layer
-            enters = entry[:active] == l + 1  # at most one
+            enters = entry[:active] == l + 1  # at most one lane
             i = jnp.argmax(enters)
-            new_c = jnp.where(jnp.any(enters), waiting.c[:, i], c[:, i])
-            new_e = jnp.where(jnp.any(enters), waiting.e[i], e[i])
-            c, e = lax.dynamic_update_index_in_dim(c, new_c, i, 1), e.at[i].set(new_e)
+            c = jnp.where(enters[:, None], waiting.c[:, i, None], c)
+            e = jnp.where(enters, waiting.e[i], e)
+            # Rescaled on the way in, not on the way out, the multiplication melts into the first one of the block.
+            by = exponent(c, axis=(0, 2))
+            c, e = scale(c, -by[:, None]), e + by
             c, norms = jax.vmap(vjp_of(p, kept), in_axes=1, out_axes=(1, 0))(c)
-            return jax.vmap(_rescaled, in_axes=(1, 0), out_axes=_LANE)(c, e), _carry(norms, e)
+            return _Lanes(c, e), _carry(norms, e)
 
         run = jax.tree.map(lambda a, lo=lo, hi=hi: a[lo:hi], (jnp.arange(hi), hidden, kept))
         (c, e), norms = lax.scan(step, _Lanes(c, e), run, reverse=True)
