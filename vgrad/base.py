@@ -38,12 +38,13 @@ class Affine(NamedTuple):
 class Block(NamedTuple):
     """One layer of a network: the protocol that everything downstream is written over.
 
-    `apply` must be built from the operations in `vgrad.layers` (`affine`, `activate`, `normalise`, `+`, or `plain` around
-    anything else) and hold exactly one `Affine`, so that the instrument can follow it at any range.
+    Blocks hand on the preactivation z: a plain one is z -> phi(z) @ w + b. `apply` is built from the operations in `vgrad.layers`
+    (`affine`, `activate`, `normalise`, `+`, or `plain` around anything else) and holds exactly one `Affine`; then the instrument
+    can follow it at any range.
 
     Attributes:
       init: key -> parameters, a pytree with one `Affine` in it.
-      apply: (parameters, h) -> h, pure; h has shape [B, N].
+      apply: (parameters, z) -> z, pure; z has shape [B, N].
     """
 
     init: Callable[[Array], Any]
@@ -70,9 +71,9 @@ class Network(NamedTuple):
     Attributes:
       init: (key, depth) -> Params. Layer l of one key is the same draw at every depth.
       forward: (params, x) -> y, shapes [B, in_dim] -> [B, out_dim].
-      embed: layer 1, [B, in_dim] -> [B, N].
-      block: layers 2..L-1, [B, N] -> [B, N].
-      readout: layer L, [B, N] -> [B, out_dim], affine.
+      embed: layer 1, x [B, in_dim] -> z_1 [B, N].
+      block: layers 2..L-1, z_{l-1} -> z_l, both [B, N].
+      readout: layer L, z_{L-1} [B, N] -> z_L [B, out_dim].
       output: what `forward` applies to z_L; the identity by default.
     """
 
@@ -95,7 +96,7 @@ class Profile(NamedTuple):
       log_delta: ln ||delta_l||, delta_l = dJ/dz_l.
       log_grad_w: ln ||dJ/dW_l||.
       log_grad_b: ln ||dJ/db_l||.
-      log_h: ln ||h_l||; at the last layer ln ||z_L||.
+      log_h: ln ||h_l||, what layer l + 1 multiplies by its weights; at the last layer ln ||z_L||.
       log_gain_w: ln ||W_{l+1}^T delta_{l+1}|| - ln ||delta_{l+1}||: of the step from layer l+1 down to l, the weights' part.
         NaN at the last layer, which has no layer above it.
       log_gain_phi: ln ||delta_l|| - ln ||W_{l+1}^T delta_{l+1}||: the rest of the same step; phi' in a plain network, with

@@ -20,7 +20,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, norm, pow2, scale, shift
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, lowered, norm, pow2, scale, shift, tidy
 
 __all__ = ["Probed", "activate", "affine", "affine_of", "dense", "layernorm_dense", "linear", "normalise", "plain", "residual", "with_probe"]
 
@@ -30,7 +30,7 @@ class Probed(NamedTuple):
 
     Attributes:
       w, b: as in `Affine`.
-      probe: zeros of shape [4, 2]. Its cotangent holds the `LogNorm`s of delta, dJ/dW, dJ/db and W^T delta, in this order.
+      probe: zeros of shape [5, 2]. Its cotangent holds the `LogNorm`s of delta, dJ/dW, dJ/db, W^T delta and h, in this order.
     """
 
     w: Array
@@ -75,12 +75,13 @@ def _probed_dot_fwd(precision, m, k, w, probe):
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
     by_gram = m.shape[0] < m.shape[1]
     seen = jnp.dot(m, m.T, precision=precision) if by_gram else m
-    return _probed_dot(precision, m, k, w, probe), (seen, k, w)
+    h = LogNorm(jnp.sum(jnp.square(m)), k.astype(m.dtype))
+    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack(h), w)
 
 
 def _probed_dot_bwd(precision, residuals, c):
-    d_in, norms = _by_lanes(partial(_affine_cotangent, precision))(c, *residuals)
-    return d_in, None, None, norms
+    c_in, norms = _by_lanes(partial(_affine_cotangent, precision))(c, *residuals)
+    return c_in, None, None, norms
 
 
 def _by_lanes(fn):
@@ -107,28 +108,29 @@ def _by_lanes(fn):
     return one
 
 
-def _affine_cotangent(precision, c, seen, k, w):
-    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 4, 2]. Each product is one two-dimensional matmul."""
-    c = lax.optimization_barrier(c)  # XLA would compute it anew for each of its readers
+def _affine_cotangent(precision, c, seen, h, w):
+    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 5, 2]. Each product is one two-dimensional matmul."""
     c_in = jnp.dot(c, w.T, precision=precision)
     delta = norm(c, _LANES, e=0)
     if seen.shape[1] != w.shape[0]:
         weighed = jnp.tensordot(seen, c, 1, precision=precision)
-        sumsq = jnp.sum(scale(weighed, -2 * delta.exponent[0].astype(int)) * c, _LANES)
-        grad_w = LogNorm(_resolved(sumsq, jnp.trace(seen) * delta.sumsq), delta.exponent)
+        product = LogNorm(jnp.sum(scale(weighed, -2 * lowered(0, c.dtype)) * c, _LANES), lowered(0, c.dtype))
+        grad_w = tidy(product._replace(sumsq=_resolved(product, h[0], delta)))
     else:
         grad_w = norm(jnp.tensordot(seen.T, c, 1, precision=precision), _LANES, e=0)
-    grad_w = grad_w._replace(exponent=grad_w.exponent + k.astype(c.dtype))
+    grad_w = grad_w._replace(exponent=grad_w.exponent + h[1])
     norms = (delta, grad_w, norm(jnp.sum(c, axis=0), -1), norm(c_in, _LANES, e=exponent(w)))
-    return c_in, jnp.stack([jnp.stack(n, axis=-1) for n in norms], axis=-2)
+    norms = jnp.stack([jnp.stack(n, axis=-1) for n in norms], axis=-2)
+    return c_in, jnp.concatenate([norms, jnp.broadcast_to(h, (*norms.shape[:1], 1, 2))], axis=-2)
+
+
+def _resolved(product, sumsq_h, delta):
+    """NaN where a sum of Gram matrices is rounding noise, told by the most it could be: that of samples that all agree."""
+    bound = sumsq_h * scale(delta.sumsq, 2 * (delta.exponent - product.exponent).astype(int))
+    return jnp.where(product.sumsq < 64 * jnp.finfo(bound.dtype).eps * bound, jnp.nan, product.sumsq)
 
 
 _LANES = (0, 2)  # the axes of [B, D, N] that belong to one lane
-
-
-def _resolved(sumsq, bound):
-    """NaN where a sum of Gram matrices is rounding noise: `bound` >= sumsq is what the samples would give if they all agreed."""
-    return jnp.where(sumsq < 64 * jnp.finfo(sumsq.dtype).eps * bound, jnp.nan, sumsq)
 
 
 _probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd)
@@ -230,24 +232,23 @@ def linear(fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights="normal", preci
 
 
 def dense(fan_in, fan_out, *, phi, **options) -> Block:
-    """h -> phi(h @ w + b). Options as for `linear`."""
+    """z -> phi(z) @ w + b. Options as for `linear`."""
     phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
-    return Block(init, lambda p, h: activate(phi, apply(p, h)))
+    return Block(init, lambda p, z: apply(p, activate(phi, z)))
 
 
 def layernorm_dense(fan_in, fan_out, *, phi, **options) -> Block:
-    """h -> phi(normalise(h @ w + b)), the summed inputs normalised without gain or bias of their own. Ba et al., 2016, eq. 4."""
+    """z -> phi(normalise(z)) @ w + b: the summed inputs normalised, with no gain or bias of their own. Ba et al., 2016, eq. 4."""
     phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
-    return Block(init, lambda p, h: activate(phi, normalise(apply(p, h))))
+    return Block(init, lambda p, z: apply(p, activate(phi, normalise(z))))
 
 
 def residual(fan_in, fan_out, *, phi, **options) -> Block:
-    """h -> h + phi(h) @ w + b, the pre-activation residual block. He et al., 2016 (arXiv:1603.05027), eq. 5.
+    """z -> z + phi(z) @ w + b, the pre-activation residual block. He et al., 2016 (arXiv:1603.05027), eq. 5.
 
-    Raises:
-      ValueError: fan_in differs from fan_out.
+    Where fan_in and fan_out differ, as in a readout, there is nothing to add to, and the block is `dense`.
     """
+    branch = dense(fan_in, fan_out, phi=phi, **options)
     if fan_in != fan_out:
-        raise ValueError(f"residual got widths {fan_in} -> {fan_out}, expected equal ones: the skip connection adds h to the output.")
-    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
-    return Block(init, lambda p, h: h + apply(p, activate(phi, h)))
+        return branch
+    return Block(branch.init, lambda p, z: z + branch.apply(p, z))

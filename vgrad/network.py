@@ -31,7 +31,7 @@ def mlp(
     output: str | Callable[[Array], Array] = "identity",
     precision="highest",
 ) -> Network:
-    """A fully connected network: phi(W_1 x), then `hidden` layers of equal width, then W_L h with no phi.
+    """A fully connected network: z_1 = W_1 x + b_1, then z_l = W_l phi(z_{l-1}) + b_l, with `hidden` saying how.
 
     Args:
       width: units per hidden layer, N.
@@ -39,7 +39,7 @@ def mlp(
       in_dim, out_dim: width of the input and of the output.
       sigma_w, sigma_b: stds of weights (times sqrt(fan_in)) and biases, in every layer. Shape [], traceable.
       weights: initializer, by name or with the `jax.nn.initializers` signature; sigma_w multiplies what it draws.
-      hidden: constructor of the hidden block, as `layers.dense`, `layers.residual` or `layers.layernorm_dense`.
+      hidden: constructor of layers 2..L: `layers.dense`, `layers.residual`, `layers.layernorm_dense` or one like them.
       output: applied to z_L by `forward`: "softmax", the name of an activation, or a function.
       precision: of the matrix products; "highest" is full float32 on every backend, "default" trades it for speed.
     Raises:
@@ -52,9 +52,9 @@ def mlp(
     elif isinstance(output, str):
         output = activations.get(output)
     return stack(
-        layers.dense(in_dim, width, phi=phi, **options),
+        layers.linear(in_dim, width, **options),
         hidden(width, width, phi=phi, **options),
-        layers.linear(width, out_dim, **options),
+        hidden(width, out_dim, phi=phi, **options),
         output=output,
     )
 
@@ -70,9 +70,9 @@ def stack(embed: Block, block: Block, readout: Block, *, output: Callable[[Array
 
     def forward(params: Params, x: Array) -> Array:
         check_input(params, x)
-        h = embed.apply(params.embed, x)
-        h, _ = lax.scan(lambda h, p: (block.apply(p, h), None), h, params.hidden)
-        return output(readout.apply(params.readout, h))
+        z = embed.apply(params.embed, x)
+        z, _ = lax.scan(lambda z, p: (block.apply(p, z), None), z, params.hidden)
+        return output(readout.apply(params.readout, z))
 
     return Network(init, forward, embed, block, readout, output)
 

@@ -34,7 +34,7 @@ class Readings(NamedTuple):
     Attributes:
       delta, grad_w, grad_b: norms of dJ/dz_l, dJ/dW_l, dJ/db_l.
       delta_in: norm of W_l^T delta_l, the cotangent of what layer l took in.
-      h: norm of h_l; at the last layer of z_L.
+      h: norm of h_l, the input of layer l + 1; at the last layer of z_L.
     """
 
     delta: LogNorm
@@ -93,22 +93,23 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
     hidden = jax.tree.map(lambda p: p[:num_hidden], params.hidden)
     entries = jnp.asarray(depths, jnp.int32) - 2  # of each network, how many hidden layers lie below its readout
 
-    h, embed_vjp = _linearise(net.embed, params.embed, lift(x))
-    above, kept, vjp_of = _forward(net.block, hidden, h)
-    states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), h, above)  # h_1 .. h_{L-1}
-    lanes, top, h_top = jax.vmap(
-        lambda h: _readout(net, params.readout, h, lambda y: loss(net.output(y), t)), out_axes=(_LANE, 0, 0)
+    z, embed_vjp = _linearise(net.embed, params.embed, lift(x))
+    above, kept, vjp_of = _forward(net.block, hidden, z)
+    states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), z, above)  # z_1 .. z_{L-1}
+    lanes, top, z_top = jax.vmap(
+        lambda z: _readout(net, params.readout, z, lambda y: loss(net.output(y), t)), out_axes=(_LANE, 0, 0)
     )(jax.tree.map(lambda s: s[entries], states))
     lanes, below = _backward(lanes, entries, hidden, kept, vjp_of, _segments(depths - 2) if static else [(0, num_hidden, 1)])
     _, first = jax.vmap(embed_vjp, in_axes=1)(lanes.c)
 
-    # One column per layer; the readout of the network of depth d stands in column d.
-    columns = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]])
-    is_top = (jnp.arange(num_hidden + 2) == entries[:, None] + 1)[..., None]
-    norms = jnp.where(is_top[..., None], top[:, None], jnp.moveaxis(columns, 0, 1))
-    h_norms = jnp.stack(jax.vmap(lambda h: _norm_of(h))(states), axis=-1)
-    h_norms = jnp.where(is_top, h_top[:, None], jnp.concatenate([h_norms, jnp.zeros_like(h_norms[:1])]))
-    return Readings(*(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1]) for i in range(4)), LogNorm(h_norms[..., 0], h_norms[..., 1]))
+    # One row per layer, [L, D, 5, 2]; the readout of the network of depth d stands in row d.
+    rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]])
+    norms = jnp.where((jnp.arange(num_hidden + 2)[:, None] == entries + 1)[..., None, None], top, rows).swapaxes(0, 1)
+    delta, grad_w, grad_b, delta_in, h_in = (LogNorm(norms[:, :, i, 0], norms[:, :, i, 1]) for i in range(5))
+    # h_l is the input of layer l + 1; at the last layer stands z_L.
+    is_top = jnp.arange(num_hidden + 2) == entries[:, None] + 1
+    h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
+    return Readings(delta, grad_w, grad_b, delta_in, h)
 
 
 def to_profile(readings: Readings, depths) -> Profile:
@@ -144,8 +145,8 @@ def _rescaled(c, e):
 
 
 def _carry(norms, e):
-    """Norms [D, 4, 2] that were read on lanes of exponent e."""
-    return norms.at[..., 1].add(e[:, None].astype(norms.dtype))
+    """Norms [D, 5, 2] that were read on lanes of exponent e: all but the last belong to the cotangent."""
+    return norms.at[:, :4, 1].add(e[:, None].astype(norms.dtype))
 
 
 def _norm_of(h: Scaled) -> LogNorm:
@@ -154,7 +155,7 @@ def _norm_of(h: Scaled) -> LogNorm:
 
 
 def _linearise(block: Block, params, h: Scaled):
-    """block(h), and the function from its cotangent to that of h and the norms [4, 2] seen on the way."""
+    """block(h), and the function from its cotangent to that of h and the norms [5, 2] seen on the way."""
 
     def apply(m, probe):
         out = block.apply(with_probe(params, probe), Scaled(m, h.k))
@@ -164,7 +165,7 @@ def _linearise(block: Block, params, h: Scaled):
 
     affine_of(params)
     try:
-        m, vjp, k = jax.vjp(apply, h.m, jnp.zeros((4, 2), h.m.dtype), has_aux=True)
+        m, vjp, k = jax.vjp(apply, h.m, jnp.zeros((5, 2), h.m.dtype), has_aux=True)
     except TypeError as error:
         error.add_note("vgrad: build the block from the operations of vgrad.layers, or wrap what is not one of them in layers.plain.")
         raise
@@ -194,7 +195,7 @@ def _forward(block, hidden, h):
 
 
 def _readout(net, params, h, loss):
-    """The lane that a network sends down from its readout, with the norms [4, 2] of the readout and the LogNorm [2] of z_L."""
+    """The lane that a network sends down from its readout, with the norms [5, 2] of the readout and the LogNorm [2] of z_L."""
     y, vjp = _linearise(net.readout, params, h)
     lane = _loss_cotangent(loss, y)
     c, norms = vjp(lane.c)
@@ -226,32 +227,34 @@ def _segments(entries: np.ndarray, most: int = 8) -> list[tuple[int, int, int]]:
 
 
 def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
-    """Takes the lanes down to h_1. Returns them there, and the norms [num_hidden, D, 4, 2] read on the way, by layer upwards."""
+    """Takes the lanes down to z_1. Returns them there, and the norms [num_hidden, D, 5, 2] read on the way, by layer upwards."""
     # Deepest first, so that the lanes of a segment are the first few and new ones are appended.
     waiting, entry = _Lanes(lanes.c[:, ::-1], lanes.e[::-1]), entries[::-1]
     num, batch, width = entry.shape[0], *lanes.c.shape[::2]
-    c, e, read = lanes.c[:, :0], lanes.e[:0], [jnp.zeros((0, num, 4, 2), lanes.c.dtype)]
+    c, e, read = lanes.c[:, :0], lanes.e[:0], [jnp.zeros((0, num, 5, 2), lanes.c.dtype)]
     for lo, hi, active in segments:
         c = jnp.concatenate([c, jnp.zeros((batch, active - c.shape[1], width), c.dtype)], axis=1)
         e = jnp.concatenate([e, jnp.zeros(active - e.shape[0], e.dtype)])
 
-        def step(carry, layer, active=active):
-            (c, e), (l, p, kept) = carry, layer
-            enters = entry[:active] == l + 1  # at most one lane
+        def admit(c, e, l, active=active):
+            """The lanes below layer l, with the one network in its place whose readout stands there."""
+            enters = entry[:active] == l
             i = jnp.argmax(enters)
-            c = jnp.where(enters[:, None], waiting.c[:, i, None], c)
-            e = jnp.where(enters, waiting.e[i], e)
-            # Rescaled on the way in, not on the way out, the multiplication melts into the first one of the block.
-            by = exponent(c, axis=(0, 2))
-            c, e = scale(c, -by[:, None]), e + by
+            return _Lanes(jnp.where(enters[:, None], waiting.c[:, i, None], c), jnp.where(enters, waiting.e[i], e))
+
+        def step(lanes, layer, admit=admit):
+            (c, e), (l, p, kept) = lanes, layer
             c, norms = jax.vmap(vjp_of(p, kept), in_axes=1, out_axes=(1, 0))(c)
-            return _Lanes(c, e), _carry(norms, e)
+            # The norms just read tell how large c is to within the gain of one activation: no pass over c to find out.
+            by = jnp.max(jnp.where(norms[:, 0:4:3, 0] > 0, norms[:, 0:4:3, 1], -jnp.inf), axis=1)
+            by = jnp.where(jnp.isfinite(by), by, 0).astype(e.dtype)
+            return admit(scale(c, -by[:, None]), e + by, l), _carry(norms, e)
 
         run = jax.tree.map(lambda a, lo=lo, hi=hi: a[lo:hi], (jnp.arange(hi), hidden, kept))
-        (c, e), norms = lax.scan(step, _Lanes(c, e), run, reverse=True)
+        (c, e), norms = lax.scan(step, admit(c, e, hi), run, reverse=True)
         read.append(jnp.pad(norms, ((0, 0), (0, num - active), (0, 0), (0, 0))))
     idle = jnp.zeros((batch, num - c.shape[1], width), c.dtype)
-    at_h1 = entry == 0  # a network of depth 2 has no hidden layer to walk
-    c = jnp.where(at_h1[:, None], waiting.c, jnp.concatenate([c, idle], axis=1))
-    e = jnp.where(at_h1, waiting.e, jnp.concatenate([e, jnp.zeros(num - e.shape[0], e.dtype)]))
+    at_z1 = entry == 0  # a network of depth 2 has no hidden layer to walk
+    c = jnp.where(at_z1[:, None], waiting.c, jnp.concatenate([c, idle], axis=1))
+    e = jnp.where(at_z1, waiting.e, jnp.concatenate([e, jnp.zeros(num - e.shape[0], e.dtype)]))
     return _Lanes(c[:, ::-1], e[::-1]), jnp.concatenate(read[::-1])[:, ::-1]

@@ -23,7 +23,8 @@ from jax import lax
 
 from vgrad.base import Array
 
-__all__ = ["LogNorm", "Scaled", "add", "canonical", "exponent", "headroom", "lift", "log", "log_ratio", "norm", "pow2", "scale", "shift"]
+__all__ = ["LogNorm", "Scaled", "add", "canonical", "exponent", "headroom", "lift", "log", "log_ratio", "lowered", "norm", "pow2", "scale",
+           "shift", "tidy"]
 
 
 @jax.tree_util.register_dataclass
@@ -155,9 +156,20 @@ def norm(x: Array, axis=None, *, e=None) -> LogNorm:
     if e is None:
         e = exponent(x, axis, keepdims=True)
         return LogNorm(jnp.sum(jnp.square(scale(x, -e)), axis), jnp.sum(e, axis).astype(x.dtype))
-    e = jnp.asarray(e, jnp.int32) - 5 * headroom(x.dtype) // 6  # as high as leaves the sum a few orders of magnitude below overflow
+    e = e + lowered(0, x.dtype)
     sumsq = jnp.sum(jnp.square(scale(x, -e)), axis)
-    return LogNorm(sumsq, jnp.broadcast_to(e.astype(x.dtype), sumsq.shape))
+    return tidy(LogNorm(sumsq, jnp.broadcast_to(e, sumsq.shape)))
+
+
+def lowered(e, dtype):
+    """The exponent to divide entries of order 2^e by before they are squared and summed: as low as keeps the sum well in range."""
+    return e - jnp.asarray(5 * headroom(dtype) // 6, jnp.int32)
+
+
+def tidy(n: LogNorm) -> LogNorm:
+    """The same norm with sumsq of order 1: only then is the logarithm of the pair as accurate as the pair."""
+    by = exponent(n.sumsq[..., None], -1) // 2
+    return LogNorm(scale(n.sumsq, -2 * by), (n.exponent + by).astype(n.sumsq.dtype))
 
 
 def log(n: LogNorm):

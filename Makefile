@@ -1,0 +1,40 @@
+# Every target creates .venv and installs what it needs, once. PYTHON chooses the interpreter the environment is made from.
+PYTHON ?= python3
+BIN := .venv/bin
+.DEFAULT_GOAL := help
+.PHONY: help study test check bench figures clean
+
+help:
+	@echo "make study   measure the decay of gradients on real data: table, labelled data, pictures (results/)"
+	@echo "make test    the test-suite"
+	@echo "make check   ruff, the type checker, then the suite"
+	@echo "make bench   the benchmarks (minutes)"
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# A stamp per extra, renewed when pyproject.toml changes: nothing is installed twice.
+.venv/.study: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[study]"
+	@touch $@
+
+.venv/.test: pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[study,test]"
+	@touch $@ .venv/.study
+
+study: .venv/.study
+	$(BIN)/python -m vgrad study
+
+test: .venv/.test
+	$(BIN)/python -m pytest -n 2
+
+check: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright --level error
+	$(BIN)/python -m pytest -n 2
+
+bench: .venv/.test
+	$(BIN)/python experiments/benchmarks/depth_sweep.py
+
+clean:
+	rm -rf .venv results
