@@ -1,6 +1,11 @@
 """vgrad: does the gradient survive the depth of a network, and if not, why?"""
 
-from vgrad import activations, initializers, layers, losses, network, scaled
+from vgrad import activations, initializers, layers, losses
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
+
+__all__ = [
+    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "initializers", "layers", "losses", "mlp",
+    "profile", "stack",
+]  # fmt: skip

@@ -97,9 +97,7 @@ REGISTRY: dict[str, Activation] = {
         jax.nn.selu, "1.0507 z if z > 0 else 1.7581 (exp(z) - 1)", (-_SELU[1], _INF), (0, _SELU[1]), (0, _SELU[0]), (0.0,)
     ),
     "softplus": Activation(softplus, "ln(1 + exp(z))", (0, _INF), (0, 1), (0, 1)),
-    "gelu": Activation(
-        gelu, "z (1 + erf(z / sqrt 2)) / 2", (-0.16997120747990369, _INF), (-0.12890414, 1.12890414), (0, 1)
-    ),
+    "gelu": Activation(gelu, "z (1 + erf(z / sqrt 2)) / 2", (-0.16997120747990369, _INF), (-0.12890414, 1.12890414), (0, 1)),
     "gelu_tanh": Activation(
         gelu_tanh, "z (1 + tanh(sqrt(2/pi) (z + 0.044715 z^3))) / 2", (-0.17004075057125412, _INF), (-0.129, 1.129), (0, 1)
     ),

@@ -12,6 +12,7 @@ import difflib
 import math
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 __all__ = [
@@ -88,7 +89,9 @@ def positive_uniform(scale=1.0):
 
     The mean adds a rank-one part whose gain is sqrt(scale * fan_in) / 2, which rules in any wide network.
     """
-    return lambda key, shape, dtype=None: jax.random.uniform(key, shape, dtype or float) * jnp.sqrt(jnp.asarray(scale / shape[0], dtype or float))
+    return lambda key, shape, dtype=None: (
+        jax.random.uniform(key, shape, dtype or float) * jnp.sqrt(jnp.asarray(scale / shape[0], dtype or float))
+    )
 
 
 INITIALIZERS = {
@@ -110,6 +113,8 @@ def get(weights):
     if weights not in INITIALIZERS:
         near = difflib.get_close_matches(weights, INITIALIZERS, 1)
         raise ValueError(
-            f"unknown initializer {weights!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(INITIALIZERS)}."
+            f"unknown initializer {weights!r}"
+            + (f", did you mean {near[0]!r}?" if near else ".")
+            + f" Known: {', '.join(INITIALIZERS)}."
         )
     return INITIALIZERS[weights]()

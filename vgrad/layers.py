@@ -12,7 +12,7 @@ written once; what is measured and what is trained are the same function.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,19 @@ from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
 from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, lowered, norm, pow2, scale, shift, tidy
 
-__all__ = ["Probed", "activate", "affine", "affine_of", "dense", "layernorm_dense", "linear", "normalise", "plain", "residual", "with_probe"]
+__all__ = [
+    "Probed",
+    "activate",
+    "affine",
+    "affine_of",
+    "dense",
+    "layernorm_dense",
+    "linear",
+    "normalise",
+    "plain",
+    "residual",
+    "with_probe",
+]
 
 
 class Probed(NamedTuple):
@@ -48,7 +60,7 @@ def affine_of(params) -> Affine:
 
 def with_probe(params, probe: Array):
     """The same parameters with the `Affine` made a `Probed`, ready for `Block.apply` on `Scaled` numbers."""
-    return jax.tree.map(lambda p: Probed(*p, probe) if _is_affine(p) else p, params, is_leaf=_is_affine)
+    return jax.tree.map(lambda p: Probed(p.w, p.b, probe) if _is_affine(p) else p, params, is_leaf=_is_affine)
 
 
 def _is_affine(p):
@@ -58,10 +70,13 @@ def _is_affine(p):
 def affine(p: Affine | Probed, h, *, precision="highest"):
     """z = h @ w + b, on an array [B, fan_in] with an `Affine`, or on a `Scaled` number of that shape with a `Probed`."""
     if not isinstance(h, Scaled):
-        return jnp.dot(h, p.w, precision=precision) + p.b
+        z = jnp.dot(h, p.w, precision=precision)
+        return z + jnp.broadcast_to(p.b, z.shape)
+    if not isinstance(p, Probed):
+        raise TypeError("a Scaled input needs probed parameters: see layers.with_probe.")
     e = exponent(h.m)
     m, k = shift(h.m, -e), h.k + e
-    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + lift(p.b)
+    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + lift(p.b[None])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -114,7 +129,8 @@ def _affine_cotangent(precision, c, seen, h, w):
     delta = norm(c, _LANES, e=0)
     if seen.shape[1] != w.shape[0]:
         weighed = jnp.tensordot(seen, c, 1, precision=precision)
-        product = LogNorm(jnp.sum(scale(weighed, -2 * lowered(0, c.dtype)) * c, _LANES), lowered(0, c.dtype))
+        e = lowered(0, c.dtype)
+        product = LogNorm(jnp.sum(scale(weighed, -2 * e) * c, _LANES), e)
         grad_w = tidy(product._replace(sumsq=_resolved(product, h[0], delta)))
     else:
         grad_w = norm(jnp.tensordot(seen.T, c, 1, precision=precision), _LANES, e=0)
@@ -126,7 +142,7 @@ def _affine_cotangent(precision, c, seen, h, w):
 
 def _resolved(product, sumsq_h, delta):
     """NaN where a sum of Gram matrices is rounding noise, told by the most it could be: that of samples that all agree."""
-    bound = sumsq_h * scale(delta.sumsq, 2 * (delta.exponent - product.exponent).astype(int))
+    bound = sumsq_h * scale(delta.sumsq, 2 * (delta.exponent.astype(jnp.int32) - product.exponent))
     return jnp.where(product.sumsq < 64 * jnp.finfo(bound.dtype).eps * bound, jnp.nan, product.sumsq)
 
 
@@ -199,7 +215,7 @@ _scale_cotangent.defvjp(lambda x, factor: (x, factor), lambda factor, c: (c * fa
 
 
 def plain(fn: Callable) -> Callable:
-    """Lets any array function stand in a block: on a `Scaled` number it sees the plain value, and so has the plain float range."""
+    """Lets any array function stand in a block. On a `Scaled` number it sees the plain value, within the plain float range."""
     return lambda h: lift(fn(shift(h.m, h.k))) if isinstance(h, Scaled) else fn(h)
 
 

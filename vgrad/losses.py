@@ -5,6 +5,7 @@ bounded however large the logits are; the first carries an exploding forward pas
 """
 
 import jax
+import jax.core
 import jax.numpy as jnp
 
 from vgrad.base import Array

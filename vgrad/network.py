@@ -7,6 +7,7 @@ same draw at every depth: networks of different depths from one key share their 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ def mlp(
     Raises:
       ValueError: a width below 1, a negative sigma, an unknown name, a phi that is not elementwise.
     """
-    options = dict(sigma_w=sigma_w, sigma_b=sigma_b, weights=weights, precision=precision)
+    options: dict[str, Any] = dict(sigma_w=sigma_w, sigma_b=sigma_b, weights=weights, precision=precision)
     phi = activations.get(phi)
     if output == "softmax":
         output = activations.softmax
@@ -80,7 +81,9 @@ def stack(embed: Block, block: Block, readout: Block, *, output: Callable[[Array
 def check_depth(depth) -> None:
     """Raises for anything but an integer of at least 2."""
     if isinstance(depth, bool) or not hasattr(depth, "__index__"):
-        raise TypeError(f"depth is {depth!r}, expected an integer: the number of weight matrices. It fixes shapes, so it cannot be traced.")
+        raise TypeError(
+            f"depth is {depth!r}, expected an integer: the number of weight matrices. It fixes shapes, so it cannot be traced."
+        )
     if int(depth) < 2:
         raise ValueError(f"depth is {int(depth)}, expected at least 2: an embedding and a readout.")
 

@@ -12,6 +12,7 @@ Lanes are laid out as [B, D, N]: c @ W^T is then a plain two-dimensional product
 of growing lane count avoid most of the work on lanes that have not entered yet.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -44,7 +45,9 @@ class Readings(NamedTuple):
     h: LogNorm
 
 
-def profile(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callable, depths: Sequence[int] | None = None) -> Profile:
+def profile(
+    net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callable, depths: Sequence[int] | None = None
+) -> Profile:
     """The gradient's profile over the layers of one draw of a network, at one or many depths, in one pass.
 
     Args:
@@ -74,7 +77,7 @@ def check_depths(depths: Sequence[int], own: int | None = None) -> tuple[int, ..
     for d in depths:
         check_depth(d)
     depths = tuple(int(d) for d in depths)
-    if any(a >= b for a, b in zip(depths, depths[1:], strict=False)):
+    if any(a >= b for a, b in itertools.pairwise(depths)):
         raise ValueError(f"depths are {depths}, expected increasing ones without repeats: sorted(set(depths)).")
     if own is not None and depths[-1] > own:
         raise ValueError(f"depths go up to {depths[-1]}, but the parameters have depth {own}: draw net.init(key, {depths[-1]}).")
@@ -102,12 +105,12 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
     lanes, below = _backward(lanes, entries, hidden, kept, vjp_of, _segments(depths - 2) if static else [(0, num_hidden, 1)])
     _, first = jax.vmap(embed_vjp, in_axes=1)(lanes.c)
 
-    # One row per layer, [L, D, 5, 2]; the readout of the network of depth d stands in row d.
-    rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]])
-    norms = jnp.where((jnp.arange(num_hidden + 2)[:, None] == entries + 1)[..., None, None], top, rows).swapaxes(0, 1)
+    # One row per layer, [D, L, 5, 2]; in row d of the network of depth d stands its readout.
+    rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
+    is_top = jnp.arange(num_hidden + 2)[None] == entries[:, None] + 1
+    norms = jnp.where(is_top[:, :, None, None], top[:, None], rows)
     delta, grad_w, grad_b, delta_in, h_in = (LogNorm(norms[:, :, i, 0], norms[:, :, i, 1]) for i in range(5))
     # h_l is the input of layer l + 1; at the last layer stands z_L.
-    is_top = jnp.arange(num_hidden + 2) == entries[:, None] + 1
     h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
     return Readings(delta, grad_w, grad_b, delta_in, h)
 
@@ -115,8 +118,12 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
 def to_profile(readings: Readings, depths) -> Profile:
     """Logarithms of the readings [..., D, L], masked past each network's last layer. In NumPy's precision if given NumPy arrays."""
     xp: Any = np if isinstance(readings.h.sumsq, np.ndarray) else jnp
-    layer = np.arange(1, readings.h.sumsq.shape[-1] + 1)
-    mask = lambda v, last: xp.where(layer <= xp.asarray(depths)[:, None] - last, v, xp.asarray(np.nan, v.dtype))  # noqa: E731
+    layer, depths = np.arange(1, readings.h.sumsq.shape[-1] + 1), np.asarray(depths)[:, None]
+
+    def mask(v, top):
+        """NaN above layer depth - top."""
+        return xp.where(xp.broadcast_to(layer <= depths - top, v.shape), v, xp.asarray(np.nan, v.dtype))
+
     above = lambda n: LogNorm(*(xp.roll(a, -1, axis=-1) for a in n))  # noqa: E731
     return Profile(
         log_delta=mask(log(readings.delta), 0),
@@ -131,8 +138,8 @@ def to_profile(readings: Readings, depths) -> Profile:
 class _Lanes(NamedTuple):
     """Cotangents c * 2^e, one lane per depth: c [B, D, N] with entries of order 1, e [D]."""
 
-    c: Array
-    e: Array
+    c: Any
+    e: Any
 
 
 _LANE = _Lanes(1, 0)  # where vmap finds the lanes
@@ -167,7 +174,9 @@ def _linearise(block: Block, params, h: Scaled):
     try:
         m, vjp, k = jax.vjp(apply, h.m, jnp.zeros((5, 2), h.m.dtype), has_aux=True)
     except TypeError as error:
-        error.add_note("vgrad: build the block from the operations of vgrad.layers, or wrap what is not one of them in layers.plain.")
+        error.add_note(
+            "vgrad: build the block from the operations of vgrad.layers, or wrap what is not one of them in layers.plain."
+        )
         raise
     return Scaled(m, k), vjp
 
@@ -240,7 +249,7 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
             """The lanes below layer l, with the one network in its place whose readout stands there."""
             enters = entry[:active] == l
             i = jnp.argmax(enters)
-            return _Lanes(jnp.where(enters[:, None], waiting.c[:, i, None], c), jnp.where(enters, waiting.e[i], e))
+            return _Lanes(jnp.where(enters[None, :, None], waiting.c[:, i, None], c), jnp.where(enters, waiting.e[i], e))
 
         def step(lanes, layer, admit=admit):
             (c, e), (l, p, kept) = lanes, layer
@@ -248,13 +257,13 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
             # The norms just read tell how large c is to within the gain of one activation: no pass over c to find out.
             by = jnp.max(jnp.where(norms[:, 0:4:3, 0] > 0, norms[:, 0:4:3, 1], -jnp.inf), axis=1)
             by = jnp.where(jnp.isfinite(by), by, 0).astype(e.dtype)
-            return admit(scale(c, -by[:, None]), e + by, l), _carry(norms, e)
+            return admit(scale(c, -by[None, :, None]), e + by, l), _carry(norms, e)
 
         run = jax.tree.map(lambda a, lo=lo, hi=hi: a[lo:hi], (jnp.arange(hi), hidden, kept))
         (c, e), norms = lax.scan(step, admit(c, e, hi), run, reverse=True)
         read.append(jnp.pad(norms, ((0, 0), (0, num - active), (0, 0), (0, 0))))
     idle = jnp.zeros((batch, num - c.shape[1], width), c.dtype)
     at_z1 = entry == 0  # a network of depth 2 has no hidden layer to walk
-    c = jnp.where(at_z1[:, None], waiting.c, jnp.concatenate([c, idle], axis=1))
+    c = jnp.where(at_z1[None, :, None], waiting.c, jnp.concatenate([c, idle], axis=1))
     e = jnp.where(at_z1, waiting.e, jnp.concatenate([e, jnp.zeros(num - e.shape[0], e.dtype)]))
     return _Lanes(c[:, ::-1], e[::-1]), jnp.concatenate(read[::-1])[:, ::-1]

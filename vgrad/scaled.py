@@ -23,8 +23,23 @@ from jax import lax
 
 from vgrad.base import Array
 
-__all__ = ["LogNorm", "Scaled", "add", "canonical", "exponent", "headroom", "lift", "log", "log_ratio", "lowered", "norm", "pow2", "scale",
-           "shift", "tidy"]
+__all__ = [
+    "LogNorm",
+    "Scaled",
+    "add",
+    "canonical",
+    "exponent",
+    "headroom",
+    "lift",
+    "log",
+    "log_ratio",
+    "lowered",
+    "norm",
+    "pow2",
+    "scale",
+    "shift",
+    "tidy",
+]
 
 
 @jax.tree_util.register_dataclass
@@ -168,8 +183,8 @@ def lowered(e, dtype):
 
 def tidy(n: LogNorm) -> LogNorm:
     """The same norm with sumsq of order 1: only then is the logarithm of the pair as accurate as the pair."""
-    by = exponent(n.sumsq[..., None], -1) // 2
-    return LogNorm(scale(n.sumsq, -2 * by), (n.exponent + by).astype(n.sumsq.dtype))
+    by, dtype = exponent(n.sumsq[..., None], -1) // 2, n.sumsq.dtype
+    return LogNorm(scale(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
 
 
 def log(n: LogNorm):
