@@ -50,10 +50,11 @@ def truncated_normal(sigma_w=1.0):
 
 
 def orthogonal(sigma_w=1.0):
-    """sigma_w times a Haar-random matrix with orthonormal rows or columns, whichever are fewer. Saxe et al., 2014 (arXiv:1312.6120).
+    """sigma_w times a Haar-random matrix with orthonormal rows or columns, whichever are fewer.
 
-    Square: W^T W = sigma_w^2 I, every singular value is sigma_w. A rectangular one is scaled by sqrt(max(fan_in, fan_out) / fan_in),
-    so that its entries keep the variance sigma_w^2 / fan_in.
+    Square: W^T W = sigma_w^2 I, every singular value is sigma_w. A rectangular one is scaled by
+    sqrt(max(fan_in, fan_out) / fan_in), so that its entries keep the variance sigma_w^2 / fan_in.
+    Saxe et al., 2014 (arXiv:1312.6120).
     """
     unit = jax.nn.initializers.orthogonal(1.0)
     return _scaled(sigma_w, lambda key, shape, dtype: math.sqrt(max(shape) / shape[0]) * unit(key, shape, dtype))
@@ -75,7 +76,7 @@ def he():
 
 
 def xavier_fan_in():
-    """Normal, Var W = 1 / fan_in: the first of the two conditions of Glorot & Bengio, 2010 (eq. 10), and what many texts call Xavier."""
+    """Normal, Var W = 1 / fan_in: the first condition of Glorot & Bengio, 2010 (eq. 10), and what many texts call Xavier."""
     return normal(1.0)
 
 
@@ -85,9 +86,10 @@ def xavier_fan_avg():
 
 
 def positive_uniform(scale=1.0):
-    """U[0, 1) * sqrt(scale / fan_in), literally `random() * sqrt(scale / n)`: mean sqrt(scale / fan_in) / 2, variance scale / (12 fan_in).
+    """U[0, 1) * sqrt(scale / fan_in), literally `random() * sqrt(scale / n)`.
 
-    The mean adds a rank-one part whose gain is sqrt(scale * fan_in) / 2, which rules in any wide network.
+    Mean sqrt(scale / fan_in) / 2, variance scale / (12 fan_in). The mean adds a rank-one part whose gain is
+    sqrt(scale * fan_in) / 2, which rules in any wide network.
     """
     return lambda key, shape, dtype=None: (
         jax.random.uniform(key, shape, dtype or float) * jnp.sqrt(jnp.asarray(scale / shape[0], dtype or float))
@@ -96,7 +98,8 @@ def positive_uniform(scale=1.0):
 
 INITIALIZERS = {
     "normal": normal, "uniform": uniform, "truncated_normal": truncated_normal, "orthogonal": orthogonal, "identity": identity,
-    "lecun": lecun, "he": he, "xavier_fan_in": xavier_fan_in, "xavier_fan_avg": xavier_fan_avg, "positive_uniform": positive_uniform,
+    "lecun": lecun, "he": he, "xavier_fan_in": xavier_fan_in, "xavier_fan_avg": xavier_fan_avg,
+    "positive_uniform": positive_uniform,
 }  # fmt: skip
 
 

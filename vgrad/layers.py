@@ -20,7 +20,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, lowered, norm, pow2, scale, shift, tidy
+from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, scale, shift
 
 __all__ = [
     "Probed",
@@ -90,8 +90,8 @@ def _probed_dot_fwd(precision, m, k, w, probe):
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
     by_gram = m.shape[0] < m.shape[1]
     seen = jnp.dot(m, m.T, precision=precision) if by_gram else m
-    h = LogNorm(jnp.sum(jnp.square(m)), k.astype(m.dtype))
-    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack(h), w)
+    facts = jnp.stack([jnp.sum(jnp.square(m)), k.astype(m.dtype), exponent(w).astype(m.dtype)])
+    return _probed_dot(precision, m, k, w, probe), (seen, facts, w)
 
 
 def _probed_dot_bwd(precision, residuals, c):
@@ -123,27 +123,24 @@ def _by_lanes(fn):
     return one
 
 
-def _affine_cotangent(precision, c, seen, h, w):
-    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 5, 2]. Each product is one two-dimensional matmul."""
+def _affine_cotangent(precision, c, seen, facts, w):
+    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone."""
+    sumsq_h, k, e_w = facts
     c_in = jnp.dot(c, w.T, precision=precision)
-    delta = norm(c, _LANES, e=0)
+    # Sums of squares of entries of order 1, brought up so far that entries down to 2^-90 (in float32) still count.
+    up = 5 * headroom(c.dtype) // 6
+    square = lambda a, e: jnp.sum(jnp.square(scale(a, e)), _LANES)  # noqa: E731
+    delta = square(c, up)
     if seen.shape[1] != w.shape[0]:
-        weighed = jnp.tensordot(seen, c, 1, precision=precision)
-        e = lowered(0, c.dtype)
-        product = LogNorm(jnp.sum(scale(weighed, -2 * e) * c, _LANES), e)
-        grad_w = tidy(product._replace(sumsq=_resolved(product, h[0], delta)))
+        grad_w = jnp.sum(scale(jnp.tensordot(seen, c, 1, precision=precision), 2 * up) * c, _LANES)
+        # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
+        grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
     else:
-        grad_w = norm(jnp.tensordot(seen.T, c, 1, precision=precision), _LANES, e=0)
-    grad_w = grad_w._replace(exponent=grad_w.exponent + h[1])
-    norms = (delta, grad_w, norm(jnp.sum(c, axis=0), -1), norm(c_in, _LANES, e=exponent(w)))
-    norms = jnp.stack([jnp.stack(n, axis=-1) for n in norms], axis=-2)
-    return c_in, jnp.concatenate([norms, jnp.broadcast_to(h, (*norms.shape[:1], 1, 2))], axis=-2)
-
-
-def _resolved(product, sumsq_h, delta):
-    """NaN where a sum of Gram matrices is rounding noise, told by the most it could be: that of samples that all agree."""
-    bound = sumsq_h * scale(delta.sumsq, 2 * (delta.exponent.astype(jnp.int32) - product.exponent))
-    return jnp.where(product.sumsq < 64 * jnp.finfo(bound.dtype).eps * bound, jnp.nan, product.sumsq)
+        grad_w = square(jnp.tensordot(seen.T, c, 1, precision=precision), up)
+    sums = delta, grad_w, square(jnp.sum(c, axis=0, keepdims=True), up), square(c_in, up - e_w.astype(jnp.int32)), sumsq_h
+    exponents = jnp.stack([jnp.zeros_like(k), k, jnp.zeros_like(k), e_w, k + up]) - up
+    sums = jnp.stack([jnp.broadcast_to(v, delta.shape) for v in sums], axis=-1)
+    return c_in, jnp.stack([sums, jnp.broadcast_to(exponents, sums.shape)], axis=-1)
 
 
 _LANES = (0, 2)  # the axes of [B, D, N] that belong to one lane
@@ -162,23 +159,27 @@ def activate(phi: Phi, z):
     """
     if not isinstance(z, Scaled):
         return phi(z)
-    far = jnp.asarray(2.0 ** headroom(z.m.dtype), z.m.dtype)
+    edge = 2.0 ** headroom(z.m.dtype)
+    left, right, starts_at_zero = _asymptotes(phi, edge, z.m.dtype)
     m = lax.stop_gradient(z.m)
     value, tiny = pow2(m, z.k), z.k < 0
-    at = jnp.where(tiny, jnp.sign(m) / far, jnp.clip(value, -far, far))
+    at = jnp.where(tiny, jnp.sign(m) / edge, jnp.clip(value, -edge, edge))
     y, slope = jax.jvp(phi, (at,), (jnp.ones_like(at),))
-    asymptote = jnp.where(m > 0, _slope_at(phi, far), _slope_at(phi, -far))
-    linear = jnp.where(tiny, phi(jnp.zeros_like(far)) == 0, (jnp.abs(value) > far) & (asymptote != 0))
+    asymptote = jnp.where(m > 0, right, left)
+    linear = jnp.where(tiny, starts_at_zero, (jnp.abs(value) > edge) & (asymptote != 0))
     slope = jnp.where(linear & ~tiny, asymptote, slope)
     k = jnp.where(jnp.any(linear & (slope * m != 0)), z.k, 0)
     return Scaled(_with_slope(z.m, jnp.where(linear, slope * m, pow2(y, -k)), slope), k)
 
 
-def _slope_at(phi, z):
-    """phi(z) / z if phi is linear out there, 0 if it stays small against z, NaN otherwise."""
-    s, half = phi(z) / z, phi(z / 2) / (z / 2)
-    bounded = jnp.abs(s) < 1 / jnp.sqrt(jnp.abs(z))
-    return jnp.where(bounded, 0, jnp.where(jnp.abs(s - half) <= 1e-3 * jnp.abs(s), s, jnp.nan))
+def _asymptotes(phi, edge, dtype):
+    """phi(z) / z at -edge and at +edge: 0 where phi stays small against z, NaN where it is not linear; and whether phi(0) = 0."""
+    at = jnp.asarray([-edge, edge, -edge / 2, edge / 2, 0], dtype)
+    y = phi(at)
+    far, near = y[:2] / at[:2], y[2:4] / at[2:4]
+    linear = jnp.where(jnp.abs(far - near) <= 1e-3 * jnp.abs(far), far, jnp.nan)
+    left, right = jnp.where(jnp.abs(far) < edge**-0.5, 0, linear)
+    return left, right, y[4] == 0
 
 
 @jax.custom_vjp

@@ -1,12 +1,15 @@
 """Scalar losses over a batch: the mean over its rows, so that J does not grow with the batch.
 
-The backward pass starts from dJ/dy: for the squared error (y - t) / B, for the cross-entropy (softmax(y) - onehot) / B. The second is
-bounded however large the logits are; the first carries an exploding forward pass on into the gradient.
+The backward pass starts from dJ/dy: for the squared error (y - t) / B, for the cross-entropy (softmax(y) - onehot) / B. The second
+is bounded however large the logits are; the first carries an exploding forward pass on into the gradient.
 """
+
+from typing import Any
 
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 from vgrad.base import Array
 
@@ -26,7 +29,7 @@ def squared_error(y: Array, target: Array) -> Array:
     return 0.5 * jnp.sum(jnp.square(y - target)) / y.shape[0]
 
 
-def cross_entropy(y: Array, labels: Array) -> Array:
+def cross_entropy(y: Array, labels: Any) -> Array:
     """J = -mean_b ln softmax(y_b)[labels_b].
 
     Args:
@@ -35,14 +38,15 @@ def cross_entropy(y: Array, labels: Array) -> Array:
     Raises:
       ValueError: labels of another shape, or out of range.  TypeError: labels that are not integers.
     """
+    known = not isinstance(labels, jax.core.Tracer)
+    labels = np.asarray(labels) if known else labels  # NumPy can look at them even while y is being traced
     if jnp.shape(labels) != jnp.shape(y)[:1]:
         raise ValueError(f"labels have shape {jnp.shape(labels)}, expected {jnp.shape(y)[:1]}: one class index per row of y.")
-    if not jnp.issubdtype(jnp.asarray(labels).dtype, jnp.integer):
-        raise TypeError(f"labels have dtype {jnp.asarray(labels).dtype}, expected integers: class indices, not one-hot rows.")
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise TypeError(f"labels have dtype {labels.dtype}, expected integers: class indices, not one-hot rows.")
     num = y.shape[-1]
     inside = (labels >= 0) & (labels < num)
-    if not isinstance(inside, jax.core.Tracer) and not bool(jnp.all(inside)):
-        bad = jnp.asarray(labels)[~inside][0]
-        raise ValueError(f"labels contain {bad}, expected 0..{num - 1}: y has {num} columns (out_dim).")
+    if known and not np.all(inside):
+        raise ValueError(f"labels contain {np.asarray(labels)[~inside][0]}, expected 0..{num - 1}: y has {num} columns (out_dim).")
     picked = jnp.take_along_axis(jax.nn.log_softmax(y), jnp.where(inside, labels, 0)[:, None], axis=-1)[:, 0]
     return -jnp.mean(jnp.where(inside, picked, jnp.nan))

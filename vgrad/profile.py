@@ -14,6 +14,7 @@ of growing lane count avoid most of the work on lanes that have not entered yet.
 
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,9 +25,9 @@ from jax import lax
 from vgrad.base import Array, Block, Network, Params, Profile
 from vgrad.layers import affine_of, with_probe
 from vgrad.network import check_depth, check_input
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2, scale
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2, scale, tidy
 
-__all__ = ["Readings", "check_depths", "profile", "read", "to_profile"]
+__all__ = ["Readings", "check_depths", "check_loss", "profile", "read", "to_profile"]
 
 
 class Readings(NamedTuple):
@@ -66,7 +67,25 @@ def profile(
     """
     own = jax.tree.leaves(params.hidden)[0].shape[0] + 2
     depths = check_depths([own] if depths is None else depths, own)
-    return to_profile(read(net, params, batch, loss=loss, depths=np.asarray(depths)), np.asarray(depths))
+    check_loss(net, params, batch, loss)
+    return _compiled(net, params, batch, loss, depths)
+
+
+# Compiled as a whole and once per (net, loss, depths), because primitive by primitive the same pass takes seconds.
+@partial(jax.jit, static_argnums=(0, 3, 4))
+def _compiled(net, params, batch, loss, depths):
+    depths = np.asarray(depths)
+    return to_profile(read(net, params, batch, loss=loss, depths=depths), depths)
+
+
+def check_loss(net: Network, params: Params, batch, loss: Callable) -> None:
+    """Raises unless `loss` makes a scalar of the outputs and the targets; a loss that looks at its targets may raise too."""
+    x, t = batch
+    check_input(params, x)
+    y = jax.eval_shape(net.forward, params, x)
+    J = jax.eval_shape(lambda y: loss(y, t), y)
+    if jax.tree.structure(J) != jax.tree.structure(0) or J.shape != ():
+        raise ValueError(f"loss returned {jax.tree.map(jnp.shape, J)}, expected a scalar: take the mean over the batch.")
 
 
 def check_depths(depths: Sequence[int], own: int | None = None) -> tuple[int, ...]:
@@ -109,7 +128,7 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
     rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
     is_top = jnp.arange(num_hidden + 2)[None] == entries[:, None] + 1
     norms = jnp.where(is_top[:, :, None, None], top[:, None], rows)
-    delta, grad_w, grad_b, delta_in, h_in = (LogNorm(norms[:, :, i, 0], norms[:, :, i, 1]) for i in range(5))
+    delta, grad_w, grad_b, delta_in, h_in = (tidy(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1])) for i in range(5))
     # h_l is the input of layer l + 1; at the last layer stands z_L.
     h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
     return Readings(delta, grad_w, grad_b, delta_in, h)
@@ -153,12 +172,7 @@ def _rescaled(c, e):
 
 def _carry(norms, e):
     """Norms [D, 5, 2] that were read on lanes of exponent e: all but the last belong to the cotangent."""
-    return norms.at[:, :4, 1].add(e[:, None].astype(norms.dtype))
-
-
-def _norm_of(h: Scaled) -> LogNorm:
-    n = norm(h.m)
-    return n._replace(exponent=n.exponent + h.k.astype(h.m.dtype))
+    return norms + e[:, None, None].astype(norms.dtype) * jnp.asarray([[[0, 1]] * 4 + [[0, 0]]], norms.dtype)
 
 
 def _linearise(block: Block, params, h: Scaled):
@@ -208,7 +222,7 @@ def _readout(net, params, h, loss):
     y, vjp = _linearise(net.readout, params, h)
     lane = _loss_cotangent(loss, y)
     c, norms = vjp(lane.c)
-    return _rescaled(c, lane.e), _carry(norms[None], lane.e[None])[0], jnp.stack(_norm_of(y))
+    return _rescaled(c, lane.e), _carry(norms[None], lane.e[None])[0], jnp.stack(norm(y))
 
 
 def _loss_cotangent(loss, y: Scaled):
@@ -218,15 +232,22 @@ def _loss_cotangent(loss, y: Scaled):
     """
     edge, step = jnp.sign(y.k) * headroom(y.m.dtype), 6
     g, nearer = (jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside)) for inside in (0, step))
-    degree = jnp.round(log_ratio(norm(g), norm(nearer)) / (step * jnp.log(2.0).astype(g.dtype)))
+    degree = jnp.round(log_ratio(_norm(g), _norm(nearer)) / (step * jnp.log(2.0).astype(g.dtype)))
     degree = jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
     return _rescaled(g, degree * (y.k - edge))
 
 
-def _segments(entries: np.ndarray, most: int = 8) -> list[tuple[int, int, int]]:
-    """Cuts the hidden layers into at most `most` runs (lo, hi, lanes), top first, so that as few lanes as possible run idle."""
+def _norm(x):
+    return norm(Scaled(x, jnp.zeros((), jnp.int32)))
+
+
+def _segments(entries: np.ndarray) -> list[tuple[int, int, int]]:
+    """Cuts the hidden layers into runs (lo, hi, lanes), top first, so that as few lanes as possible run idle.
+
+    At most eight, and none for less than eight layers: each is compiled apart.
+    """
     cuts = [0, *(int(e) for e in entries if e > 0)]
-    n = len(cuts) - 1
+    n, most = len(cuts) - 1, max(1, min(8, cuts[-1] // 8))
     cost = lambda i, j: (cuts[j] - cuts[i]) * (n - i)  # noqa: E731  # layers times lanes of a run from cut i to cut j
     best = [(0, [])] + [(cost(0, j), [0]) for j in range(1, n + 1)]
     for _ in range(min(most, n) - 1):
@@ -251,16 +272,17 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
             i = jnp.argmax(enters)
             return _Lanes(jnp.where(enters[None, :, None], waiting.c[:, i, None], c), jnp.where(enters, waiting.e[i], e))
 
-        def step(lanes, layer, admit=admit):
-            (c, e), (l, p, kept) = lanes, layer
-            c, norms = jax.vmap(vjp_of(p, kept), in_axes=1, out_axes=(1, 0))(c)
+        def step(lanes, l, admit=admit):
+            c, e = lanes
+            vjp = vjp_of(*jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), (hidden, kept)))
+            c, norms = jax.vmap(vjp, in_axes=1, out_axes=(1, 0))(c)
             # The norms just read tell how large c is to within the gain of one activation: no pass over c to find out.
-            by = jnp.max(jnp.where(norms[:, 0:4:3, 0] > 0, norms[:, 0:4:3, 1], -jnp.inf), axis=1)
+            sizes = tidy(LogNorm(norms[:, 0:4:3, 0], norms[:, 0:4:3, 1]))
+            by = jnp.max(jnp.where(sizes.sumsq > 0, sizes.exponent, -jnp.inf), axis=1)
             by = jnp.where(jnp.isfinite(by), by, 0).astype(e.dtype)
             return admit(scale(c, -by[None, :, None]), e + by, l), _carry(norms, e)
 
-        run = jax.tree.map(lambda a, lo=lo, hi=hi: a[lo:hi], (jnp.arange(hi), hidden, kept))
-        (c, e), norms = lax.scan(step, admit(c, e, hi), run, reverse=True)
+        (c, e), norms = lax.scan(step, admit(c, e, hi), jnp.arange(lo, hi), reverse=True)
         read.append(jnp.pad(norms, ((0, 0), (0, num - active), (0, 0), (0, 0))))
     idle = jnp.zeros((batch, num - c.shape[1], width), c.dtype)
     at_z1 = entry == 0  # a network of depth 2 has no hidden layer to walk

@@ -33,7 +33,6 @@ __all__ = [
     "lift",
     "log",
     "log_ratio",
-    "lowered",
     "norm",
     "pow2",
     "scale",
@@ -88,12 +87,12 @@ def pow2(x: Array, e: Array) -> Array:
     Two factors, because 2^e alone overflows before x * 2^e does.
     """
     e = jnp.clip(e, -2 * _layout(x.dtype).reach, 2 * _layout(x.dtype).reach)
-    return x * _two_to(e // 2, x.dtype) * _two_to(e - e // 2, x.dtype)
+    return x * _two_to(e >> 1, x.dtype) * _two_to(e - (e >> 1), x.dtype)
 
 
-def scale(x: Array, e: Array) -> Array:
+def scale(x: Array, e: Array | int) -> Array:
     """x * 2^e for |e| within the float's own exponents: one factor. Enough to bring any float array to order 1."""
-    return x * _two_to(jnp.clip(e, -_layout(x.dtype).reach, _layout(x.dtype).reach), x.dtype)
+    return x * _two_to(jnp.clip(jnp.asarray(e, jnp.int32), -_layout(x.dtype).reach, _layout(x.dtype).reach), x.dtype)
 
 
 def exponent(x: Array, axis=None, *, keepdims=False) -> Array:
@@ -162,28 +161,15 @@ def _in_units(x, k):
     return Scaled(shift(x.m, x.k - k), k)
 
 
-def norm(x: Array, axis=None, *, e=None) -> LogNorm:
-    """Frobenius norm over `axis`, all axes by default. The exponent comes in the dtype of x, so that the pair can travel as floats.
-
-    `e` spares the pass that finds the largest entry, where entries are known to be of order 2^e or less: the sum of squares is then
-    right down to entries of 2^(e - 90), about e^-60, in float32.
-    """
-    if e is None:
-        e = exponent(x, axis, keepdims=True)
-        return LogNorm(jnp.sum(jnp.square(scale(x, -e)), axis), jnp.sum(e, axis).astype(x.dtype))
-    e = e + lowered(0, x.dtype)
-    sumsq = jnp.sum(jnp.square(scale(x, -e)), axis)
-    return tidy(LogNorm(sumsq, jnp.broadcast_to(e, sumsq.shape)))
-
-
-def lowered(e, dtype):
-    """The exponent to divide entries of order 2^e by before they are squared and summed: as low as keeps the sum well in range."""
-    return e - jnp.asarray(5 * headroom(dtype) // 6, jnp.int32)
+def norm(x: Scaled) -> LogNorm:
+    """Frobenius norm of all entries. The exponent comes in the dtype of x.m, so that the pair can travel as floats."""
+    e = exponent(x.m)
+    return LogNorm(jnp.sum(jnp.square(scale(x.m, -e))), (e + x.k).astype(x.m.dtype))
 
 
 def tidy(n: LogNorm) -> LogNorm:
     """The same norm with sumsq of order 1: only then is the logarithm of the pair as accurate as the pair."""
-    by, dtype = exponent(n.sumsq[..., None], -1) // 2, n.sumsq.dtype
+    by, dtype = exponent(n.sumsq[..., None], -1) >> 1, n.sumsq.dtype
     return LogNorm(scale(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
 
 
