@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 from jax import lax
 
@@ -239,11 +240,14 @@ def linear(fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights="normal", preci
     initializers.check_sigma("sigma_b", sigma_b)
     draw = initializers.get(weights)
 
+    no_bias = not isinstance(sigma_b, jax.core.Tracer) and float(sigma_b) == 0  # a draw would be compiled, and thrown away
+
     def init(key):
         key_w, key_b = jax.random.split(key)
         dtype = jnp.result_type(float)
         w = jnp.asarray(sigma_w, dtype) * draw(key_w, (fan_in, fan_out), dtype)
-        return Affine(w, jnp.asarray(sigma_b, dtype) * jax.random.normal(key_b, (fan_out,), dtype))
+        b = jnp.zeros(fan_out, dtype) if no_bias else jnp.asarray(sigma_b, dtype) * jax.random.normal(key_b, (fan_out,), dtype)
+        return Affine(w, b)
 
     return Block(init, partial(affine, precision=precision))
 

@@ -244,16 +244,21 @@ def _norm(x):
 def _segments(entries: np.ndarray) -> list[tuple[int, int, int]]:
     """Cuts the hidden layers into runs (lo, hi, lanes), top first, so that as few lanes as possible run idle.
 
-    At most eight, and none for less than eight layers: each is compiled apart.
+    Each run is compiled apart, so there is one more only where it saves a twentieth of the work, and at most one per eight layers.
     """
     cuts = [0, *(int(e) for e in entries if e > 0)]
     n, most = len(cuts) - 1, max(1, min(8, cuts[-1] // 8))
+    if not n:
+        return []
     cost = lambda i, j: (cuts[j] - cuts[i]) * (n - i)  # noqa: E731  # layers times lanes of a run from cut i to cut j
-    best = [(0, [])] + [(cost(0, j), [0]) for j in range(1, n + 1)]
+    best = [(0, [])] + [(cost(0, j), [0]) for j in range(1, n + 1)]  # for cuts[0..j]: least cost, and where its runs start
     for _ in range(min(most, n) - 1):
-        best = [min([best[j], *((best[i][0] + cost(i, j), [*best[i][1], i]) for i in range(1, j))]) for j in range(n + 1)]
+        more = [min([best[j], *((best[i][0] + cost(i, j), [*best[i][1], i]) for i in range(1, j))]) for j in range(n + 1)]
+        if more[n][0] > 0.95 * best[n][0]:
+            break
+        best = more
     starts = best[n][1]
-    return [(cuts[i], cuts[j], n - i) for i, j in zip(starts, [*starts[1:], n], strict=True)][::-1] if n else []
+    return [(cuts[i], cuts[j], n - i) for i, j in zip(starts, [*starts[1:], n], strict=True)][::-1]
 
 
 def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
