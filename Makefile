@@ -9,6 +9,7 @@ help:
 	@echo "make test    the test-suite"
 	@echo "make check   ruff, the type checker, then the suite"
 	@echo "make bench   the benchmarks (minutes)"
+	@echo "make figures the study again, and from it what docs/ shows"
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
@@ -35,6 +36,10 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+
+# What docs/ shows, from the code and a default study.
+figures: study
+	$(BIN)/python docs/build.py results/study.nc
 
 clean:
 	rm -rf .venv results
