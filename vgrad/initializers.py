@@ -14,6 +14,7 @@ import math
 import jax
 import jax.core
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = [
     "INITIALIZERS", "check_sigma", "get", "he", "identity", "lecun", "normal", "orthogonal", "positive_uniform",
@@ -22,11 +23,13 @@ __all__ = [
 
 
 def check_sigma(name: str, sigma) -> None:
-    """Raises ValueError for a concrete sigma that is negative, NaN or not a scalar; a traced one passes."""
+    """Raises ValueError for a sigma that is negative, NaN or no scalar, TypeError if it is no number at all; traced ones pass."""
+    if not isinstance(sigma, int | float | np.ndarray | np.generic | jax.Array):
+        raise TypeError(f"{name} is {sigma!r}, expected a number, traced or not.")
     if jnp.shape(sigma) != ():
         raise ValueError(f"{name} has shape {jnp.shape(sigma)}, expected a scalar: sweep it with vgrad.sweep or jax.vmap.")
     if not isinstance(sigma, jax.core.Tracer) and not float(sigma) >= 0:
-        raise ValueError(f"{name} is {float(sigma)}, expected a number >= 0: it is a standard deviation.")
+        raise ValueError(f"{name} is {float(sigma)}, expected a number >= 0: it sets a standard deviation.")
 
 
 def _scaled(sigma_w, unit):
@@ -81,7 +84,10 @@ def xavier_fan_in():
 
 
 def xavier_fan_avg():
-    """Normal, Var W = 2 / (fan_in + fan_out): their compromise between forward and backward (eq. 12), jax's `glorot_normal`."""
+    """Normal, Var W = 2 / (fan_in + fan_out): their compromise between forward and backward (eq. 12).
+
+    jax's `glorot_normal` has the same variance, but is truncated.
+    """
     return jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
 
 
@@ -91,6 +97,7 @@ def positive_uniform(scale=1.0):
     Mean sqrt(scale / fan_in) / 2, variance scale / (12 fan_in). The mean adds a rank-one part whose gain is
     sqrt(scale * fan_in) / 2, which rules in any wide network.
     """
+    check_sigma("scale", scale)
     return lambda key, shape, dtype=None: (
         jax.random.uniform(key, shape, dtype or float) * jnp.sqrt(jnp.asarray(scale / shape[0], dtype or float))
     )
@@ -114,7 +121,7 @@ def get(weights):
     if not isinstance(weights, str):
         raise TypeError(f"weights is {type(weights).__name__}, expected a name or a function (key, shape, dtype) -> array.")
     if weights not in INITIALIZERS:
-        near = difflib.get_close_matches(weights, INITIALIZERS, 1)
+        near = difflib.get_close_matches(weights.lower(), INITIALIZERS, 1)
         raise ValueError(
             f"unknown initializer {weights!r}"
             + (f", did you mean {near[0]!r}?" if near else ".")
