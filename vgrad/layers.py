@@ -21,7 +21,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, scale, shift
+from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, reach, scale, shift
 
 __all__ = [
     "Probed",
@@ -125,23 +125,26 @@ def _by_lanes(fn):
 
 
 def _affine_cotangent(precision, c, seen, facts, w):
-    """Lanes c [B, D, N_out], of order 1 -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone."""
+    """Lanes c [B, D, N_out] -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone."""
     sumsq_h, k, e_w = facts
     c_in = jnp.dot(c, w.T, precision=precision)
-    # Sums of squares of entries of order 1, brought up so far that entries down to 2^-90 (in float32) still count.
-    up = 5 * headroom(c.dtype) // 6
-    square = lambda a, e: jnp.sum(jnp.square(scale(a, e)), _LANES)  # noqa: E731
-    delta = square(c, up)
+    # Each lane in units a little below its largest entry, so that what cancels in a sum over it is still seen when squared.
+    below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
+    e = jnp.maximum(exponent(c, _LANES, keepdims=True) - below, -most)
+    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
+    square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
+    delta = square(scale(c, -e))
     if seen.shape[1] != w.shape[0]:
-        grad_w = jnp.sum(scale(jnp.tensordot(seen, c, 1, precision=precision), 2 * up) * c, _LANES)
+        gram = jnp.tensordot(seen, c, 1, precision=precision)
+        grad_w = jnp.sum(scale(gram, -e) * scale(c, -e), _LANES)
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
     else:
-        grad_w = square(jnp.tensordot(seen.T, c, 1, precision=precision), up)
-    sums = delta, grad_w, square(jnp.sum(c, axis=0, keepdims=True), up), square(c_in, up - e_w.astype(jnp.int32)), sumsq_h
-    exponents = jnp.stack([jnp.zeros_like(k), k, jnp.zeros_like(k), e_w, k + up]) - up
-    sums = jnp.stack([jnp.broadcast_to(v, delta.shape) for v in sums], axis=-1)
-    return c_in, jnp.stack([sums, jnp.broadcast_to(exponents, sums.shape)], axis=-1)
+        grad_w = square(scale(jnp.tensordot(seen.T, c, 1, precision=precision), -e))
+    sums = delta, grad_w, square(scale(jnp.sum(c, axis=0, keepdims=True), -e)), square(scale(c_in, -e_in)), sumsq_h
+    e, e_in = e[0, :, 0].astype(c.dtype), e_in[0, :, 0].astype(c.dtype)
+    pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
+    return c_in, jnp.stack(pairs, axis=-1)
 
 
 _LANES = (0, 2)  # the axes of [B, D, N] that belong to one lane
@@ -234,7 +237,7 @@ def linear(fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights="normal", preci
       ValueError: a width below 1, a negative sigma, an unknown initializer.
     """
     for name, n in (("fan_in", fan_in), ("fan_out", fan_out)):
-        if not isinstance(n, int) or n < 1:
+        if isinstance(n, bool) or not hasattr(n, "__index__") or n < 1:
             raise ValueError(f"{name} is {n!r}, expected an integer of at least 1: a layer needs a unit.")
     initializers.check_sigma("sigma_w", sigma_w)
     initializers.check_sigma("sigma_b", sigma_b)

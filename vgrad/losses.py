@@ -40,6 +40,8 @@ def cross_entropy(y: Array, labels: Any) -> Array:
     """
     known = not isinstance(labels, jax.core.Tracer)
     labels = np.asarray(labels) if known else labels  # NumPy can look at them even while y is being traced
+    if jnp.ndim(y) != 2:
+        raise ValueError(f"y has shape {jnp.shape(y)}, expected [B, out_dim]: a row of logits for each sample.")
     if jnp.shape(labels) != jnp.shape(y)[:1]:
         raise ValueError(f"labels have shape {jnp.shape(labels)}, expected {jnp.shape(y)[:1]}: one class index per row of y.")
     if not jnp.issubdtype(labels.dtype, jnp.integer):
@@ -49,4 +51,4 @@ def cross_entropy(y: Array, labels: Any) -> Array:
     if known and not np.all(inside):
         raise ValueError(f"labels contain {np.asarray(labels)[~inside][0]}, expected 0..{num - 1}: y has {num} columns (out_dim).")
     picked = jnp.take_along_axis(jax.nn.log_softmax(y), jnp.where(inside, labels, 0)[:, None], axis=-1)[:, 0]
-    return -jnp.mean(jnp.where(inside, picked, jnp.nan))
+    return -jnp.mean(picked * jnp.where(inside, 1.0, jnp.nan))  # a factor, so that the gradient of that row is NaN too

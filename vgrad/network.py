@@ -16,7 +16,7 @@ from jax import lax
 from vgrad import activations, layers
 from vgrad.base import Array, Block, Network, Params, Phi
 
-__all__ = ["check_depth", "mlp", "stack"]
+__all__ = ["check_depth", "check_input", "mlp", "stack"]
 
 
 def mlp(
@@ -52,6 +52,8 @@ def mlp(
         output = activations.softmax
     elif isinstance(output, str):
         output = activations.get(output)
+    elif not callable(output):
+        raise TypeError(f"output is {type(output).__name__}, expected a name or a function of the last layer.")
     return stack(
         layers.linear(in_dim, width, **options),
         hidden(width, width, phi=phi, **options),
@@ -91,5 +93,5 @@ def check_depth(depth) -> None:
 def check_input(params: Params, x) -> None:
     """Raises ValueError unless x is a batch of rows of the width that the embedding takes."""
     fan_in = layers.affine_of(params.embed).w.shape[0]
-    if jnp.ndim(x) != 2 or x.shape[1] != fan_in:
+    if jnp.ndim(x) != 2 or x.shape[1] != fan_in or not x.shape[0]:
         raise ValueError(f"x has shape {jnp.shape(x)}, expected [B, {fan_in}]: a batch of rows. For one sample use x[None].")

@@ -25,7 +25,7 @@ from jax import lax
 from vgrad.base import Array, Block, Network, Params, Profile
 from vgrad.layers import affine_of, with_probe
 from vgrad.network import check_depth, check_input
-from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2, scale, tidy
+from vgrad.scaled import LogNorm, Scaled, exponent, headroom, lift, log, log_ratio, norm, pow2, reach, scale, tidy
 
 __all__ = ["Readings", "check_depths", "check_loss", "profile", "read", "to_profile"]
 
@@ -167,7 +167,7 @@ _LANE = _Lanes(1, 0)  # where vmap finds the lanes
 def _rescaled(c, e):
     """One lane with its entries brought to order 1. Exact."""
     by = exponent(c)
-    return _Lanes(scale(c, -by), e + by)
+    return _Lanes(pow2(c, -by), e + by)
 
 
 def _carry(norms, e):
@@ -284,7 +284,7 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
             # The norms just read tell how large c is to within the gain of one activation: no pass over c to find out.
             sizes = tidy(LogNorm(norms[:, 0:4:3, 0], norms[:, 0:4:3, 1]))
             by = jnp.max(jnp.where(sizes.sumsq > 0, sizes.exponent, -jnp.inf), axis=1)
-            by = jnp.where(jnp.isfinite(by), by, 0).astype(e.dtype)
+            by = jnp.clip(jnp.where(jnp.isfinite(by), by, 0), -reach(c.dtype), reach(c.dtype)).astype(e.dtype)
             return admit(scale(c, -by[None, :, None]), e + by, l), _carry(norms, e)
 
         (c, e), norms = lax.scan(step, admit(c, e, hi), jnp.arange(lo, hi), reverse=True)

@@ -35,6 +35,7 @@ __all__ = [
     "log_ratio",
     "norm",
     "pow2",
+    "reach",
     "scale",
     "shift",
     "tidy",
@@ -84,15 +85,23 @@ def headroom(dtype) -> int:
 def pow2(x: Array, e: Array) -> Array:
     """x * 2^e, exact unless the result leaves the float range; `e` broadcasts against `x`.
 
-    Two factors, because 2^e alone overflows before x * 2^e does.
+    Three factors: 2^e alone overflows before x * 2^e does, and from the least subnormal to the largest number it takes three.
     """
-    e = jnp.clip(e, -2 * _layout(x.dtype).reach, 2 * _layout(x.dtype).reach)
-    return x * _two_to(e >> 1, x.dtype) * _two_to(e - (e >> 1), x.dtype)
+    reach = _layout(x.dtype).reach
+    for _ in range(3):
+        step = jnp.clip(e, -reach, reach)
+        x, e = x * _two_to(step, x.dtype), e - step
+    return x
 
 
-def scale(x: Array, e: Array | int) -> Array:
-    """x * 2^e for |e| within the float's own exponents: one factor. Enough to bring any float array to order 1."""
-    return x * _two_to(jnp.clip(jnp.asarray(e, jnp.int32), -_layout(x.dtype).reach, _layout(x.dtype).reach), x.dtype)
+def scale(x: Array, e: Array) -> Array:
+    """x * 2^e in one factor, for |e| up to `reach`."""
+    return x * _two_to(e, x.dtype)
+
+
+def reach(dtype) -> int:
+    """The largest e for which 2^e and 2^-e are normal numbers: 126 in float32, 1022 in float64."""
+    return _layout(dtype).reach
 
 
 def exponent(x: Array, axis=None, *, keepdims=False) -> Array:
@@ -164,24 +173,25 @@ def _in_units(x, k):
 def norm(x: Scaled) -> LogNorm:
     """Frobenius norm of all entries. The exponent comes in the dtype of x.m, so that the pair can travel as floats."""
     e = exponent(x.m)
-    return LogNorm(jnp.sum(jnp.square(scale(x.m, -e))), (e + x.k).astype(x.m.dtype))
+    return LogNorm(jnp.sum(jnp.square(pow2(x.m, -e))), (e + x.k).astype(x.m.dtype))
 
 
 def tidy(n: LogNorm) -> LogNorm:
     """The same norm with sumsq of order 1: only then is the logarithm of the pair as accurate as the pair."""
     by, dtype = exponent(n.sumsq[..., None], -1) >> 1, n.sumsq.dtype
-    return LogNorm(scale(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
+    return LogNorm(pow2(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
 
 
 def log(n: LogNorm):
     """ln of a norm; -inf for zero. On NumPy arrays the logarithm is taken in NumPy and so in their precision."""
     xp: Any = np if isinstance(n.sumsq, np.ndarray) else jnp
     with np.errstate(divide="ignore"):
-        return 0.5 * xp.log(n.sumsq) + xp.log(xp.asarray(2.0, n.sumsq.dtype)) * n.exponent
+        return 0.5 * xp.log(n.sumsq) + xp.log(xp.asarray(2.0, n.sumsq.dtype)) * xp.asarray(n.exponent, n.sumsq.dtype)
 
 
 def log_ratio(a: LogNorm, b: LogNorm):
     """ln(a / b), accurate however large or small both are; -inf where a is zero, NaN where both are."""
     xp: Any = np if isinstance(a.sumsq, np.ndarray) else jnp
     with np.errstate(divide="ignore", invalid="ignore"):
-        return 0.5 * (xp.log(a.sumsq) - xp.log(b.sumsq)) + xp.log(xp.asarray(2.0, a.sumsq.dtype)) * (a.exponent - b.exponent)
+        steps = xp.asarray(a.exponent - b.exponent, a.sumsq.dtype)
+        return 0.5 * (xp.log(a.sumsq) - xp.log(b.sumsq)) + xp.log(xp.asarray(2.0, a.sumsq.dtype)) * steps
