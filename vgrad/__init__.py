@@ -1,12 +1,12 @@
 """vgrad: does the gradient survive the depth of a network, and if not, why?"""
 
-from vgrad import activations, fit, initializers, layers, losses
+from vgrad import activations, backprop, fit, initializers, layers, losses
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
 from vgrad.sweep import sweep
 
 __all__ = [
-    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "fit", "initializers", "layers", "losses",
+    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "fit", "initializers", "layers", "losses",
     "mlp", "profile", "stack", "sweep",
 ]  # fmt: skip
