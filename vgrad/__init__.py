@@ -7,6 +7,6 @@ from vgrad.profile import profile
 from vgrad.sweep import sweep
 
 __all__ = [
-    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "fit", "initializers", "layers", "losses",
-    "mlp", "profile", "stack", "sweep",
+    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "fit", "initializers", "layers",
+    "losses", "mlp", "profile", "stack", "sweep",
 ]  # fmt: skip
