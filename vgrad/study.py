@@ -112,20 +112,19 @@ def run(config: Config, *, on_progress: Callable[[int, str], None] = lambda done
     shape = (num_phi, num_init, config.num_seeds, len(depths), depths[-1])
     fields = {name: np.full(shape, np.nan) for name in Profile._fields}
     plain = np.full(shape[:3], np.nan, np.float32)
+    initializer_names = list(dict.fromkeys(s.weights for row in schemes.values() for s in row))
+    family = _family(config, initializer_names, x.shape[1], source.out_dim)
+    options: dict[str, Any] = dict(key=jax.random.key(config.key), num_seeds=config.num_seeds, batch=(x, t), loss=loss)
+    plain_float32 = _plain_float32(family, depth=depths[-1], **options)
     complete = True
     try:
         for i, phi in enumerate(config.phi):
-            for weights in dict.fromkeys(s.weights for s in schemes[phi]):  # static: one compilation each
-                here = [j for j, s in enumerate(schemes[phi]) if s.weights == weights]
-                grid = {"sigma_w": [schemes[phi][j].sigma_w for j in here]}
-                on_progress(0, f"{phi}, {weights}")
-                options: dict[str, Any] = dict(key=jax.random.key(config.key), num_seeds=config.num_seeds, batch=(x, t), loss=loss)
-                family = _family(phi, weights, config, x.shape[1], source.out_dim)
-                swept = sweep(family, grid, depths=depths, mesh=mesh, **options)
-                for name, values in zip(Profile._fields, swept, strict=True):
-                    fields[name][i, here] = values
-                plain[i, here] = _plain_float32(family, grid["sigma_w"], depth=depths[-1], **options)
-                on_progress(len(here) * config.num_seeds * len(depths), "")
+            on_progress(0, phi)
+            grid = [{"phi": i, "weights": initializer_names.index(s.weights), "sigma_w": s.sigma_w} for s in schemes[phi]]
+            for name, values in zip(Profile._fields, sweep(family, grid, depths=depths, mesh=mesh, **options), strict=True):
+                fields[name][i] = values
+            plain[i] = plain_float32(grid)
+            on_progress(num_init * config.num_seeds * len(depths), "")
     except KeyboardInterrupt:
         complete = False
     attributes = store.provenance(dataclasses.asdict(config), source.name) | {"complete": int(complete), "loss": loss.__name__}
@@ -165,28 +164,39 @@ def _checked(config, source):
     if config.num_seeds < 1:
         raise ValueError(f"num_seeds is {config.num_seeds}, expected at least 1.")
     schemes = {phi: [scheme(name, phi) for name in config.init] for phi in config.phi}
-    _family(config.phi[0], "normal", config, source.x.shape[1], source.out_dim)({"sigma_w": 1.0})
+    mlp(config.width, config.phi[0], source.x.shape[1], source.out_dim, sigma_b=config.sigma_b)
     source.batch(config.batch, config.key)
     return schemes
 
 
-def _family(phi, weights, config, in_dim, out_dim) -> Callable[[Any], Network]:
+def _family(config, initializer_names, in_dim, out_dim) -> Callable[[Any], Network]:
+    """Networks whose activation and initializer are chosen by number, so that the whole study is one compiled program."""
+    phis, draws = [get(phi) for phi in config.phi], [initializers.get(name) for name in initializer_names]
+
+    def choose(options, which, *args):
+        return jax.lax.switch(jnp.asarray(which).astype(jnp.int32), options, *args)
+
     return lambda point: mlp(
-        config.width, phi, in_dim, out_dim, sigma_w=point["sigma_w"], sigma_b=config.sigma_b, weights=weights
+        config.width,
+        lambda z: choose(phis, point["phi"], z),
+        in_dim,
+        out_dim,
+        sigma_w=point["sigma_w"],
+        sigma_b=config.sigma_b,
+        weights=lambda key, shape, dtype: choose([lambda k, d=d: d(k, shape, dtype) for d in draws], point["weights"], key),
     )
 
 
-def _plain_float32(family, sigma_ws, *, key, num_seeds, depth, batch, loss):
-    """||dJ/dW_1|| of the very draws of the sweep, the way everybody computes it. Shape [points, seeds]."""
+def _plain_float32(family, *, key, num_seeds, depth, batch, loss):
+    """grid -> ||dJ/dW_1|| [points, seeds] of the very draws of the sweep, the way everybody computes it."""
 
-    def one(sigma_w, seed):
-        net = family({"sigma_w": sigma_w})
+    def one(point, seed):
+        net = family(point)
         params = net.init(jax.random.fold_in(key, seed), depth)
         return jnp.linalg.norm(jax.grad(lambda p: loss(net.forward(p, batch[0]), batch[1]))(params).embed.w)
 
-    each = jax.jit(lambda cases: jax.lax.map(lambda c: one(*c), cases))
-    grid = np.meshgrid(np.asarray(sigma_ws, np.float32), np.arange(num_seeds, dtype=np.int32), indexing="ij")
-    return np.asarray(each(tuple(g.ravel() for g in grid))).reshape(len(sigma_ws), num_seeds)
+    compiled = jax.jit(lambda points: jax.lax.map(lambda p: jax.lax.map(lambda s: one(p, s), jnp.arange(num_seeds)), points))
+    return lambda grid: np.asarray(compiled({name: np.asarray([p[name] for p in grid], np.float32) for name in grid[0]}))
 
 
 class Row(NamedTuple):
