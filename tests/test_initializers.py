@@ -179,7 +179,7 @@ def test_sigma_zero_draws_zeros():
 @pytest.mark.parametrize("make", [*TRACEABLE, initializers.positive_uniform], ids=lambda f: f.__name__)
 def test_a_sigma_that_is_none_is_an_error(make):
     for bad in (-1.0, -1, math.nan, np.float32(-0.5), jnp.float32(-0.5)):
-        with pytest.raises(ValueError, match=r"is (-\d|nan).*, expected a number >= 0"):
+        with pytest.raises(ValueError, match=r"is (-\d|nan).*, expected a finite number >= 0"):
             make(bad)
     with pytest.raises(ValueError, match=r"has shape \(2,\), expected a scalar"):
         make(jnp.ones(2))

@@ -367,9 +367,9 @@ def test_widths_that_numpy_counted():
 
 @pytest.mark.parametrize("make", [layers.dense, layers.residual, layers.layernorm_dense])
 def test_bad_options(make):
-    with pytest.raises(ValueError, match=r"sigma_w is -1.0, expected a number >= 0"):
+    with pytest.raises(ValueError, match=r"sigma_w is -1.0, expected a finite number >= 0"):
         make(3, 3, phi="tanh", sigma_w=-1.0)
-    with pytest.raises(ValueError, match=r"sigma_b is nan, expected a number >= 0"):
+    with pytest.raises(ValueError, match=r"sigma_b is nan, expected a finite number >= 0"):
         make(3, 3, phi="tanh", sigma_b=math.nan)
     with pytest.raises(ValueError, match="did you mean 'tanh'"):
         make(3, 3, phi="tahn")

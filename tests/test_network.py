@@ -226,6 +226,11 @@ def test_bad_x(x, shape):
             call()
 
 
+def test_a_list_is_no_x():
+    with pytest.raises(TypeError, match=r"x is list, expected an array \[B, in_dim\]"):
+        NET.forward(PARAMS, X.tolist())
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -243,8 +248,10 @@ def test_bad_x(x, shape):
         (dict(output=3), TypeError, "output is int, expected a name or a function"),
         (dict(weights="xavier"), ValueError, "did you mean 'xavier_fan_"),
         (dict(weights=1.0), TypeError, "weights is float"),
-        (dict(sigma_w=-0.1), ValueError, "sigma_w is -0.1, expected a number >= 0"),
-        (dict(sigma_b=-0.1), ValueError, "sigma_b is -0.1, expected a number >= 0"),
+        (dict(sigma_w=-0.1), ValueError, "sigma_w is -0.1, expected a finite number >= 0"),
+        (dict(sigma_b=-0.1), ValueError, "sigma_b is -0.1, expected a finite number >= 0"),
+        (dict(sigma_w=np.inf), ValueError, "sigma_w is inf, expected a finite number"),
+        (dict(hidden="residual"), TypeError, "hidden is 'residual', expected a constructor of blocks"),
         (dict(sigma_w=np.nan), ValueError, "sigma_w is nan"),
         (dict(sigma_w=np.ones(3)), ValueError, r"sigma_w has shape \(3,\), expected a scalar"),
         (dict(sigma_w=None), TypeError, "sigma_w is None, expected a number"),

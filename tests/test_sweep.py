@@ -112,7 +112,7 @@ def test_a_bad_point_does_not_poison_the_others():
         (dict(grid={"sigma_w": []}), "the grid is empty"),
         (dict(grid=[]), "the grid is empty"),
         (dict(grid=[{"sigma_w": 1.0}, {"sigma": 1.0}]), "the same ones everywhere"),
-        (dict(grid={"sigma_w": [1.0, -1.0]}), "sigma_w is -1.0, expected a number >= 0"),
+        (dict(grid={"sigma_w": [1.0, -1.0]}), "sigma_w is -1.0, expected a finite number >= 0"),
         (dict(num_seeds=0), "num_seeds is 0, expected an integer of at least 1"),
         (dict(num_seeds=2.5), "num_seeds is 2.5"),
         (dict(batch_size=0), "batch_size is 0"),

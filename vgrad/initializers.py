@@ -23,13 +23,13 @@ __all__ = [
 
 
 def check_sigma(name: str, sigma) -> None:
-    """Raises ValueError for a sigma that is negative, NaN or no scalar, TypeError if it is no number at all; traced ones pass."""
+    """Raises ValueError for a sigma that is no finite scalar >= 0, TypeError if it is no number at all; traced ones pass."""
     if not isinstance(sigma, int | float | np.ndarray | np.generic | jax.Array):
         raise TypeError(f"{name} is {sigma!r}, expected a number, traced or not.")
     if jnp.shape(sigma) != ():
         raise ValueError(f"{name} has shape {jnp.shape(sigma)}, expected a scalar: sweep it with vgrad.sweep or jax.vmap.")
-    if not isinstance(sigma, jax.core.Tracer) and not float(sigma) >= 0:
-        raise ValueError(f"{name} is {float(sigma)}, expected a number >= 0: it sets a standard deviation.")
+    if not isinstance(sigma, jax.core.Tracer) and not 0 <= float(sigma) < math.inf:
+        raise ValueError(f"{name} is {float(sigma)}, expected a finite number >= 0: it sets a standard deviation.")
 
 
 def _scaled(sigma_w, unit):

@@ -224,7 +224,9 @@ def plain(fn: Callable) -> Callable:
     return lambda h: lift(fn(shift(h.m, h.k))) if isinstance(h, Scaled) else fn(h)
 
 
-def linear(fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights="normal", precision="highest") -> Block:
+def linear(
+    fan_in, fan_out, *, sigma_w=1.0, sigma_b=0.0, weights: str | Callable = "normal", precision="highest"
+) -> Block:
     """h -> h @ w + b, with w drawn by `weights` and multiplied by sigma_w, and b ~ N(0, sigma_b^2).
 
     Args:

@@ -27,7 +27,7 @@ def mlp(
     *,
     sigma_w=1.0,
     sigma_b=0.0,
-    weights="normal",
+    weights: str | Callable[..., Array] = "normal",
     hidden: Callable[..., Block] = layers.dense,
     output: str | Callable[[Array], Array] = "identity",
     precision="highest",
@@ -48,6 +48,8 @@ def mlp(
     """
     options: dict[str, Any] = dict(sigma_w=sigma_w, sigma_b=sigma_b, weights=weights, precision=precision)
     phi = activations.get(phi)
+    if not callable(hidden):
+        raise TypeError(f"hidden is {hidden!r}, expected a constructor of blocks: vgrad.layers.residual, say.")
     if output == "softmax":
         output = activations.softmax
     elif isinstance(output, str):
@@ -91,7 +93,9 @@ def check_depth(depth) -> None:
 
 
 def check_input(params: Params, x) -> None:
-    """Raises ValueError unless x is a batch of rows of the width that the embedding takes."""
+    """Raises unless x is a batch of rows of the width that the embedding takes."""
+    if not hasattr(x, "shape"):
+        raise TypeError(f"x is {type(x).__name__}, expected an array [B, in_dim]: jnp.asarray(x).")
     fan_in = layers.affine_of(params.embed).w.shape[0]
     if jnp.ndim(x) != 2 or x.shape[1] != fan_in or not x.shape[0]:
         raise ValueError(f"x has shape {jnp.shape(x)}, expected [B, {fan_in}]: a batch of rows. For one sample use x[None].")

@@ -184,14 +184,14 @@ def tidy(n: LogNorm) -> LogNorm:
 
 def log(n: LogNorm):
     """ln of a norm; -inf for zero. On NumPy arrays the logarithm is taken in NumPy and so in their precision."""
-    xp: Any = np if isinstance(n.sumsq, np.ndarray) else jnp
+    xp: Any = np if isinstance(n.sumsq, np.ndarray | np.generic) else jnp
     with np.errstate(divide="ignore"):
         return 0.5 * xp.log(n.sumsq) + xp.log(xp.asarray(2.0, n.sumsq.dtype)) * xp.asarray(n.exponent, n.sumsq.dtype)
 
 
 def log_ratio(a: LogNorm, b: LogNorm):
     """ln(a / b), accurate however large or small both are; -inf where a is zero, NaN where both are."""
-    xp: Any = np if isinstance(a.sumsq, np.ndarray) else jnp
+    xp: Any = np if isinstance(a.sumsq, np.ndarray | np.generic) else jnp
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = xp.asarray(a.exponent - b.exponent, a.sumsq.dtype)
         return 0.5 * (xp.log(a.sumsq) - xp.log(b.sumsq)) + xp.log(xp.asarray(2.0, a.sumsq.dtype)) * steps
