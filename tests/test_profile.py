@@ -1,16 +1,19 @@
-"""The instrument against `jax.grad`, at every depth and for every block."""
+"""The instrument: against `jax.grad` where float32 suffices, against 60-digit arithmetic where nothing plain does."""
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 
 import vgrad
-from vgrad import layers, losses
+from vgrad import Params, layers, losses
+from vgrad.profile import read
 
 BATCH = 16
 X = jax.random.normal(jax.random.key(9), (BATCH, 7))
-LABELS = jax.random.randint(jax.random.key(1), (BATCH,), 0, 5)
+LABELS = np.random.default_rng(1).integers(0, 5, BATCH)
+KEY = jax.random.key(0)
 
 
 def ln_norms(params, part):
@@ -20,31 +23,260 @@ def ln_norms(params, part):
     return np.concatenate([np.log([np.linalg.norm(np.asarray(a, np.float64)) for a in r]) for r in rows if len(r)])
 
 
-@pytest.mark.parametrize("width", [24, 12], ids=["gram", "direct"])
-@pytest.mark.parametrize("phi", ["tanh", "relu", "gelu"])
-@pytest.mark.parametrize("hidden", [layers.dense, layers.residual, layers.layernorm_dense])
+@pytest.mark.parametrize(
+    ("hidden", "phi", "width"),
+    [
+        (layers.dense, "tanh", 24),  # width above the batch: dJ/dW by Gram matrices
+        (layers.dense, "gelu", 12),  # below: dJ/dW itself
+        (layers.residual, "relu", 24),
+        (layers.layernorm_dense, "silu", 24),
+    ],
+)
 def test_equals_grad_at_every_depth(hidden, phi, width):
-    net = vgrad.mlp(width, phi, 7, 5, sigma_w=1.3, sigma_b=0.1, hidden=hidden)
-    key, depth = jax.random.key(0), 9
-    prof = vgrad.profile(net, net.init(key, depth), (X, LABELS), loss=losses.cross_entropy, depths=range(2, depth + 1))
-    for i, d in enumerate(range(2, depth + 1)):
-        grads = jax.grad(lambda p: losses.cross_entropy(net.forward(p, X), LABELS))(net.init(key, d))
+    net, depths = vgrad.mlp(width, phi, 7, 5, sigma_w=1.3, sigma_b=0.1, hidden=hidden), [2, 3, 6]
+    params = jax.jit(net.init, static_argnums=1)(KEY, 6)
+    prof = vgrad.profile(net, params, (X, LABELS), loss=losses.cross_entropy, depths=depths)
+    grad = jax.jit(jax.grad(lambda p: losses.cross_entropy(net.forward(p, X), LABELS)))
+    for i, d in enumerate(depths):
+        grads = grad(params._replace(hidden=jax.tree.map(lambda p, d=d: p[: d - 2], params.hidden)))
         np.testing.assert_allclose(prof.log_grad_w[i, :d], ln_norms(grads, "w"), atol=1e-5)  # same maths, two routes
         np.testing.assert_allclose(prof.log_grad_b[i, :d], ln_norms(grads, "b"), atol=1e-5)
         assert all(np.isnan(f[i, d:]).all() for f in prof)
+        assert all(np.isfinite(f[i, : d - 1]).all() for f in prof)
+
+
+def test_float64(x64):
+    x = jnp.asarray(X, jnp.float64)
+    net = vgrad.mlp(12, "tanh", 7, 5, sigma_w=1.3, sigma_b=0.1)
+    params = net.init(KEY, 5)
+    prof = vgrad.profile(net, params, (x, LABELS), loss=losses.cross_entropy)
+    grads = jax.jit(jax.grad(lambda p: losses.cross_entropy(net.forward(p, x), LABELS)))(params)
+    np.testing.assert_allclose(prof.log_grad_w[0], ln_norms(grads, "w"), atol=1e-13)
+
+
+# 60 digits and no exponent limit: the same networks in arithmetic that needs no rescaling. Arrays of mpmath numbers.
+
+MP_PHI = {
+    "identity": (lambda z: z, lambda z: mpmath.mpf(1)),
+    "relu": (lambda z: max(z, mpmath.mpf(0)), lambda z: mpmath.mpf(z > 0)),
+    "tanh": (mpmath.tanh, lambda z: mpmath.sech(z) ** 2),
+    "sigmoid": (lambda z: 1 / (1 + mpmath.exp(-z)), lambda z: 1 / (2 + mpmath.exp(z) + mpmath.exp(-z))),
+}
+
+
+def exact_profile(params, x, t, phi, skip):
+    """ln of the norms of (delta, dJ/dW, dJ/db, h) by layer, for J = sum (y - t)^2 / (2 B); `skip`: z + W phi(z) + b from layer 2 on."""
+    mp = np.vectorize(lambda v: mpmath.mpf(float(v)), otypes=[object])
+    f, slope = (np.vectorize(g, otypes=[object]) for g in MP_PHI[phi])
+    ws = [mp(w) for w in [params.embed.w, *params.hidden.w, params.readout.w]]
+    bs = [mp(b) for b in [params.embed.b, *params.hidden.b, params.readout.b]]
+    hs, zs = [mp(x)], []
+    for l, (w, b) in enumerate(zip(ws, bs, strict=True)):
+        zs.append(hs[-1] @ w + b + (zs[-1] if skip and l else 0))
+        hs.append(f(zs[-1]))
+    delta, rows = (zs[-1] - mp(t)) / len(x), []
+    ln = lambda a: float(mpmath.log(mpmath.fsum(v * v for v in a.flat)) / 2)  # noqa: E731
+    for l in range(len(ws) - 1, -1, -1):
+        rows.append([ln(delta), ln(hs[l].T @ delta), ln(delta.sum(axis=0)), ln(hs[l + 1] if l < len(ws) - 1 else zs[l])])
+        if l:
+            delta = (delta @ ws[l].T) * slope(zs[l - 1]) + (delta if skip else 0)
+    return np.array(rows[::-1]).T
+
+
+@pytest.mark.parametrize(
+    ("phi", "sigma_w", "bias", "skip", "beyond"),
+    [
+        ("sigmoid", 1.0, 0.0, False, -150),
+        ("relu", 12.0, 1.0, False, 150),
+        ("identity", 1e-3, 0.0, False, -900),
+        ("identity", 1e30, 0.0, False, 8000),  # one layer's gain leaves the range of the square
+        ("identity", 1e-30, 0.0, False, -8000),
+        ("tanh", 0.5, 30.0, False, -5000),  # phi' = 3.5e-26 in every layer: two in a row are below float32
+        ("identity", 4.0, 0.0, True, 150),
+    ],
+)
+def test_against_60_digits(phi, sigma_w, bias, skip, beyond):
+    net = vgrad.mlp(6, phi, 3, 6, sigma_w=sigma_w, hidden=layers.residual if skip else layers.dense)
+    params = jax.jit(net.init, static_argnums=1)(jax.random.key(2), 120)
+    params = Params(*(p._replace(b=p.b + bias) for p in params))
+    x, t = np.float32([[0.5, -1.0, 0.25], [1.0, 0.75, -0.5]]), np.zeros((2, 6), np.float32)
+    prof = vgrad.profile(net, params, (x, t), loss=losses.squared_error)
+    with mpmath.workdps(60):
+        exact = exact_profile(params, x, t, phi, skip)
+    assert (exact[0, 0] < beyond) if beyond < 0 else (exact[0, 0] > beyond)  # far out of the range of float32, or the test is idle
+    for ours, theirs in zip((prof.log_delta, prof.log_grad_w, prof.log_grad_b, prof.log_h), exact, strict=True):
+        # float32 logarithms near 1e3 are good to 1e-4; rounding in 120 layers of a chaotic product adds about as much.
+        np.testing.assert_allclose(ours[0], theirs, rtol=1e-6, atol=2e-3)
+
+
+@pytest.mark.parametrize(("phi", "sigma_w", "rate"), [("sigmoid", 1.0, -1.44), ("relu", 4.0, 1.04), ("identity", 0.01, -4.6)])
+def test_depth_10000_is_a_reading(phi, sigma_w, rate):
+    net = vgrad.mlp(32, phi, 7, 5, sigma_w=sigma_w)
+    prof = vgrad.profile(net, jax.jit(net.init, static_argnums=1)(KEY, 10_000), (X, np.ones((BATCH, 5), np.float32)), loss=losses.squared_error)
+    assert all(np.isfinite(f[0, :-1]).all() for f in prof)
+    # Independent of the depth: the same rate, layer by layer, as between any two layers of it.
+    delta = np.asarray(prof.log_delta[0], np.float64)
+    assert (delta[0] - delta[9000]) / 9000 == pytest.approx(rate, abs=0.05)
+    assert (delta[0] - delta[500]) / 500 == pytest.approx(rate, abs=0.1)
+
+
+NET = vgrad.mlp(8, "tanh", 7, 5, sigma_w=1.3, sigma_b=0.1)
+PARAMS = NET.init(KEY, 7)
+DEPTHS = [2, 4, 7]
+
+
+def measured(params=PARAMS, x=X, t=LABELS, net=NET, depths=DEPTHS):
+    return vgrad.profile(net, params, (x, t), loss=losses.cross_entropy, depths=depths)
 
 
 def test_the_attribution_adds_up():
-    net = vgrad.mlp(24, "tanh", 7, 5, sigma_w=1.3)
-    prof = vgrad.profile(net, net.init(jax.random.key(0), 20), (X, LABELS), loss=losses.cross_entropy)
-    change = -np.diff(np.asarray(prof.log_delta[0]))
-    np.testing.assert_allclose((prof.log_gain_w + prof.log_gain_phi)[0, :-1], change, atol=1e-5)
-    assert np.isnan(prof.log_gain_w[0, -1])
+    prof = measured()
+    change = -np.diff(np.asarray(prof.log_delta))
+    for i, d in enumerate(DEPTHS):
+        np.testing.assert_allclose((prof.log_gain_w + prof.log_gain_phi)[i, : d - 1], change[i, : d - 1], atol=1e-5)
+        assert np.isnan(prof.log_gain_w[i, d - 1])
 
 
-@pytest.mark.parametrize(("phi", "sigma_w"), [("sigmoid", 1.0), ("relu", 4.0), ("identity", 0.01)])
-def test_depth_10000_is_a_reading(phi, sigma_w):
-    net = vgrad.mlp(24, phi, 7, 5, sigma_w=sigma_w)
-    prof = vgrad.profile(net, net.init(jax.random.key(0), 10_000), (X, jnp.ones((BATCH, 5))), loss=losses.squared_error)
-    assert all(np.isfinite(f[0, :-1]).all() for f in prof)
-    assert abs(float(prof.log_delta[0, 0])) > 1000
+def test_depths_in_one_pass_equal_separate_networks():
+    together = measured()
+    for i, d in enumerate(DEPTHS):
+        alone = measured(PARAMS._replace(hidden=jax.tree.map(lambda p, d=d: p[: d - 2], PARAMS.hidden)), depths=None)
+        for a, b in zip(alone, together, strict=True):
+            np.testing.assert_allclose(a[0], b[i, :d], atol=1e-5)
+
+
+def test_permuting_the_neurons_changes_nothing():
+    p = np.random.default_rng(0).permutation(8)
+    embed, hidden, readout = PARAMS
+    moved = Params(
+        embed._replace(w=embed.w[:, p], b=embed.b[p]),
+        hidden._replace(w=hidden.w[:, p][:, :, p], b=hidden.b[:, p]),
+        readout._replace(w=readout.w[p]),
+    )
+    for a, b in zip(measured(moved), measured(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)  # sums in another order
+
+
+@pytest.mark.parametrize("k", [20, -20, 90, -90])
+def test_rescaling_is_exact(k):
+    """A loss 2^k times as large, far beyond what the square of a float32 holds, gives the same bits times 2^k."""
+
+    @jax.jit
+    def run(factor):
+        loss = lambda y, t: factor * losses.cross_entropy(y, t)  # noqa: E731
+        return read(NET, PARAMS, (X, LABELS), loss=loss, depths=np.array(DEPTHS))
+
+    value = lambda n: np.asarray(n.sumsq, np.float64) * 4.0 ** np.asarray(n.exponent, np.float64)  # noqa: E731
+    plain, larger = run(1.0), run(2.0**k)
+    for name in ("delta", "grad_w", "grad_b", "delta_in"):
+        np.testing.assert_array_equal(value(getattr(larger, name)), 4.0**k * value(getattr(plain, name)))
+
+
+def test_vmap_equals_loop_and_jit_equals_no_jit():
+    params = jax.vmap(lambda k: NET.init(k, 7))(jax.random.split(KEY, 3))
+    together, jitted = jax.vmap(measured)(params), jax.jit(measured)
+    for i in range(3):
+        own = jax.tree.map(lambda p, i=i: p[i], params)
+        for a, b, c in zip(together, jitted(own), measured(own), strict=True):
+            np.testing.assert_allclose(a[i], b, atol=1e-5)
+            np.testing.assert_allclose(b, c, atol=1e-5)
+
+
+def test_one_compilation_for_one_network():
+    from vgrad.profile import _compiled
+
+    measured()
+    before = _compiled._cache_size()
+    measured(jax.tree.map(lambda p: 2 * p, PARAMS))
+    assert _compiled._cache_size() == before
+
+
+def test_a_nan_in_a_layer_stays_with_the_networks_that_have_it():
+    bad = PARAMS._replace(hidden=PARAMS.hidden._replace(w=PARAMS.hidden.w.at[3, 0, 0].set(jnp.nan)))  # layer 5
+    prof, clean = measured(bad), measured()
+    for a, b in zip(prof, clean, strict=True):
+        np.testing.assert_array_equal(a[:2], b[:2])  # depths 2 and 4
+    assert np.isnan(prof.log_delta[2]).all()
+    assert np.isnan(prof.log_grad_w[2]).all()
+    np.testing.assert_array_equal(prof.log_h[2, :4], clean.log_h[2, :4])  # below it, the forward signal is what it was
+    assert np.isnan(prof.log_h[2, 4:]).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_non_finite_input_is_never_a_plausible_number(value):
+    prof = measured(x=X.at[3, 2].set(value))
+    assert all(np.isnan(f).all() for f in prof)
+    wild = measured(PARAMS._replace(readout=PARAMS.readout._replace(w=PARAMS.readout.w.at[0, 0].set(value))))
+    assert np.isnan(wild.log_delta).all()
+    np.testing.assert_array_equal(wild.log_h[2, :6], measured().log_h[2, :6])
+
+
+def test_one_bad_seed_leaves_the_others_alone():
+    params = jax.vmap(lambda k: NET.init(k, 7))(jax.random.split(KEY, 3))
+    bad = params._replace(embed=params.embed._replace(b=params.embed.b.at[1, 0].set(jnp.inf)))
+    clean, hurt = (jax.vmap(measured)(p) for p in (params, bad))
+    for a, b in zip(clean, hurt, strict=True):
+        np.testing.assert_array_equal(a[::2], b[::2])
+        assert np.isnan(b[1]).all()
+
+
+def test_a_dead_network_reads_exactly_zero():
+    net = vgrad.mlp(8, "relu", 7, 5)
+    params = net.init(KEY, 6)
+    biases = params.hidden.b.at[2].set(-1000.0).at[3].set(1.0)  # layer 4 is dead, layer 5 lives on its biases
+    dead = params._replace(hidden=params.hidden._replace(b=biases))
+    prof = vgrad.profile(net, dead, (X, LABELS), loss=losses.cross_entropy)
+    assert np.isneginf(prof.log_delta[0, :4]).all()
+    assert np.isneginf(prof.log_grad_w[0, :5]).all()  # the gradient of layer 5 is delta_5 times h_4 = 0
+    assert np.isfinite(prof.log_delta[0, 4:]).all()
+    assert np.isneginf(prof.log_h[0, 3])
+    assert np.isneginf(prof.log_gain_phi[0, 3])
+    assert np.isfinite(prof.log_gain_w[0, 3])
+
+
+def test_a_loss_that_is_already_minimal_is_an_exact_zero():
+    net = vgrad.mlp(8, "identity", 7, 5)
+    params = net.init(KEY, 3)
+    prof = vgrad.profile(net, params, (X, jax.jit(net.forward)(params, X)), loss=lambda y, t: jnp.sum(y * 0.0) + 0.0 * jnp.sum(t))
+    assert np.isneginf(prof.log_delta).all()
+
+
+def test_any_loss_and_any_targets():
+    pair = {"up": jnp.ones((BATCH, 5)), "power": 3}
+    prof = vgrad.profile(NET, PARAMS, (X, pair), loss=lambda y, t: jnp.mean(jnp.abs(y - t["up"]) ** t["power"]))
+    grads = jax.jit(jax.grad(lambda p: jnp.mean(jnp.abs(NET.forward(p, X) - 1.0) ** 3)))(PARAMS)
+    np.testing.assert_allclose(prof.log_grad_w[0], ln_norms(grads, "w"), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("depths", "error", "message"),
+    [
+        ([], ValueError, "depths is empty"),
+        ([1, 2], ValueError, "depth is 1, expected at least 2"),
+        ([3, 2], ValueError, r"depths are \(3, 2\), expected increasing"),
+        ([2, 2], ValueError, r"depths are \(2, 2\), expected increasing"),
+        ([2, 8], ValueError, "depths go up to 8, but the parameters have depth 7"),
+        ([2.0], TypeError, "depth is 2.0, expected an integer"),
+        ([True], TypeError, "depth is True, expected an integer"),
+    ],
+)
+def test_bad_depths(depths, error, message):
+    with pytest.raises(error, match=message):
+        measured(depths=depths)
+
+
+def test_other_bad_input():
+    with pytest.raises(ValueError, match=r"x has shape \(7,\), expected \[B, 7\]"):
+        measured(x=X[0])
+    with pytest.raises(ValueError, match=r"labels contain 9, expected 0\.\.4"):
+        measured(t=LABELS + 5 * (LABELS == 4))
+    with pytest.raises(ValueError, match=r"loss returned \(16,\), expected a scalar: take the mean"):
+        vgrad.profile(NET, PARAMS, (X, LABELS), loss=lambda y, t: y[:, 0])
+
+
+def test_a_block_of_plain_operations_says_how_to_be_one():
+    foreign = vgrad.Block(NET.block.init, lambda p, z: jnp.tanh(z) @ p.w)
+    net = vgrad.stack(NET.embed, foreign, NET.readout)
+    with pytest.raises(TypeError) as caught:
+        vgrad.profile(net, PARAMS, (X, LABELS), loss=losses.cross_entropy)
+    assert "vgrad.layers" in "".join(caught.value.__notes__)

@@ -50,5 +50,6 @@ def cross_entropy(y: Array, labels: Any) -> Array:
     inside = (labels >= 0) & (labels < num)
     if known and not np.all(inside):
         raise ValueError(f"labels contain {np.asarray(labels)[~inside][0]}, expected 0..{num - 1}: y has {num} columns (out_dim).")
-    picked = jnp.take_along_axis(jax.nn.log_softmax(y), jnp.where(inside, labels, 0)[:, None], axis=-1)[:, 0]
+    index = jnp.where(inside, labels, 0).astype(jnp.int32)
+    picked = jnp.take_along_axis(jax.nn.log_softmax(y), index[:, None], axis=-1)[:, 0]
     return -jnp.mean(picked * jnp.where(inside, 1.0, jnp.nan))  # a factor, so that the gradient of that row is NaN too

@@ -285,7 +285,7 @@ def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
             by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
             return admit(scale(c, -by), e + by[0, :, 0], l), _carry(norms, e)
 
-        (c, e), norms = lax.scan(step, admit(c, e, hi), jnp.arange(lo, hi), reverse=True)
+        (c, e), norms = lax.scan(step, admit(c, e, hi), jnp.arange(lo, hi, dtype=jnp.int32), reverse=True)
         read.append(jnp.pad(norms, ((0, 0), (0, num - active), (0, 0), (0, 0))))
     idle = jnp.zeros((batch, num - c.shape[1], width), c.dtype)
     at_z1 = entry == 0  # a network of depth 2 has no hidden layer to walk
