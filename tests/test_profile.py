@@ -58,14 +58,17 @@ def test_float64(x64):
 
 MP_PHI = {
     "identity": (lambda z: z, lambda z: mpmath.mpf(1)),
-    "relu": (lambda z: max(z, mpmath.mpf(0)), lambda z: mpmath.mpf(z > 0)),
+    "leaky_relu": (lambda z: z if z > 0 else z / 100, lambda z: mpmath.mpf(1) if z > 0 else mpmath.mpf(1) / 100),
     "tanh": (mpmath.tanh, lambda z: mpmath.sech(z) ** 2),
     "sigmoid": (lambda z: 1 / (1 + mpmath.exp(-z)), lambda z: 1 / (2 + mpmath.exp(z) + mpmath.exp(-z))),
 }
 
 
 def exact_profile(params, x, t, phi, skip):
-    """ln of the norms of (delta, dJ/dW, dJ/db, h) by layer, for J = sum (y - t)^2 / (2 B); `skip`: z + W phi(z) + b from layer 2 on."""
+    """ln of the norms of (delta, dJ/dW, dJ/db, h) by layer, for J = sum (y - t)^2 / (2 B).
+
+    `skip`: z + W phi(z) + b from layer 2 on.
+    """
     mp = np.vectorize(lambda v: mpmath.mpf(float(v)), otypes=[object])
     f, slope = (np.vectorize(g, otypes=[object]) for g in MP_PHI[phi])
     ws = [mp(w) for w in [params.embed.w, *params.hidden.w, params.readout.w]]
@@ -87,7 +90,7 @@ def exact_profile(params, x, t, phi, skip):
     ("phi", "sigma_w", "bias", "skip", "beyond"),
     [
         ("sigmoid", 1.0, 0.0, False, -150),
-        ("relu", 12.0, 1.0, False, 150),
+        ("leaky_relu", 12.0, 0.1, False, 150),
         ("identity", 1e-3, 0.0, False, -900),
         ("identity", 1e30, 0.0, False, 8000),  # one layer's gain leaves the range of the square
         ("identity", 1e-30, 0.0, False, -8000),
@@ -112,7 +115,8 @@ def test_against_60_digits(phi, sigma_w, bias, skip, beyond):
 @pytest.mark.parametrize(("phi", "sigma_w", "rate"), [("sigmoid", 1.0, -1.44), ("relu", 4.0, 1.04), ("identity", 0.01, -4.6)])
 def test_depth_10000_is_a_reading(phi, sigma_w, rate):
     net = vgrad.mlp(32, phi, 7, 5, sigma_w=sigma_w)
-    prof = vgrad.profile(net, jax.jit(net.init, static_argnums=1)(KEY, 10_000), (X, np.ones((BATCH, 5), np.float32)), loss=losses.squared_error)
+    params = jax.jit(net.init, static_argnums=1)(KEY, 10_000)
+    prof = vgrad.profile(net, params, (X, np.ones((BATCH, 5), np.float32)), loss=losses.squared_error)
     assert all(np.isfinite(f[0, :-1]).all() for f in prof)
     # Independent of the depth: the same rate, layer by layer, as between any two layers of it.
     delta = np.asarray(prof.log_delta[0], np.float64)

@@ -126,7 +126,7 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
 
     # One row per layer, [D, L, 5, 2]; in row d of the network of depth d stands its readout.
     rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
-    is_top = jnp.arange(num_hidden + 2)[None] == entries[:, None] + 1
+    is_top = jnp.arange(num_hidden + 2, dtype=jnp.int32)[None] == entries[:, None] + 1
     norms = jnp.where(is_top[:, :, None, None], top[:, None], rows)
     delta, grad_w, grad_b, delta_in, h_in = (tidy(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1])) for i in range(5))
     # h_l is the input of layer l + 1; at the last layer stands z_L.
