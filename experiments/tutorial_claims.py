@@ -26,7 +26,7 @@ class Config:
     depth: int = 50
     num_seeds: int = 32
     trained: tuple[int, int, int, int] = (3, 20, 64, 1500)  # depths, width, steps of gradient descent
-    learning_rate: float = 0.1
+    learning_rate: float = 0.05
 
 
 PAPER, TINY = Config(), Config(widths=(64, 3), num_seeds=8, trained=(3, 12, 32, 400))
@@ -140,11 +140,11 @@ def main() -> None:
     (folder / "tutorial_claims.json").write_text(json.dumps(result._asdict(), indent=1))
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (name, r), style in zip(result.training.items(), ("b--", "b-", "r--", "r-"), strict=True):
+    for n, ((name, r), style) in enumerate(zip(result.training.items(), ("b:", "b-", "r--", "r-."), strict=True)):
         left.plot(r["loss"], style, label=name)
-        right.semilogy(range(1, len(r["update_to_weight"]) + 1), r["update_to_weight"], style + "o", label=name, markersize=3)
+        right.semilogy(range(1, len(r["update_to_weight"]) + 1), r["update_to_weight"], style, label=name, marker="so^v"[n], markersize=4)
     left.set(xlabel="step of gradient descent", ylabel="cross-entropy, nats")
-    right.set(xlabel="layer (1 = input)", ylabel="||update|| / ||W|| at the first step")
+    right.set(xlabel="layer (1 = input)", xticks=range(1, 21, 3), ylabel="||update|| / ||W|| at the first step")
     left.legend()
     figure.savefig(folder / "tutorial_claims.png", dpi=130)
 
