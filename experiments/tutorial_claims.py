@@ -144,7 +144,7 @@ def main() -> None:
         left.plot(r["loss"], style, label=name)
         right.semilogy(range(1, len(r["update_to_weight"]) + 1), r["update_to_weight"], style, label=name, marker="so^v"[n], markersize=4)
     left.set(xlabel="step of gradient descent", ylabel="cross-entropy, nats")
-    right.set(xlabel="layer (1 = input)", xticks=range(1, 21, 3), ylabel="||update|| / ||W|| at the first step")
+    right.set(xlabel="layer (1 = input)", ylabel="||update|| / ||W|| at the first step", xticks=range(1, 21, 3))
     left.legend()
     figure.savefig(folder / "tutorial_claims.png", dpi=130)
 
