@@ -142,7 +142,8 @@ def main() -> None:
     left, right = figure.subplots(1, 2)
     for n, ((name, r), style) in enumerate(zip(result.training.items(), ("b:", "b-", "r--", "r-."), strict=True)):
         left.plot(r["loss"], style, label=name)
-        right.semilogy(range(1, len(r["update_to_weight"]) + 1), r["update_to_weight"], style, label=name, marker="so^v"[n], markersize=4)
+        ratio = r["update_to_weight"]
+        right.semilogy(range(1, len(ratio) + 1), ratio, style, label=name, marker="so^v"[n], markersize=4)
     left.set(xlabel="step of gradient descent", ylabel="cross-entropy, nats")
     right.set(xlabel="layer (1 = input)", ylabel="||update|| / ||W|| at the first step", xticks=range(1, 21, 3))
     left.legend()
