@@ -2,7 +2,7 @@
 
 Claims, per layer toward the input, of ln(E||delta||^2) / 2: with Xavier's n Var W = 1 it falls by ln(2) / 2 = 0.3466; with n Var W
 = 2 (eq. 14), and for a leaky slope a with n Var W = 2 / (1 + a^2) (eq. 15), it stays, within four standard errors and 5 / (4 n):
-so much width n leaves open, since the loss sees the same weights forward. The typical network, E ln||delta||, lies below the mean square.
+so much width n leaves open, since the loss sees the same weights forward. The typical network, E ln||delta||, lies below.
 And figure 3: at 30 layers plain gradient descent trains the second network and stalls on the first, at the best of several
 learning rates for each. A minute on a CPU.
 """
