@@ -15,14 +15,14 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 # A module imports only modules of a lower level, except where a level lists its modules in groups: those of a later group may
 # import those of an earlier one.
 LEVELS = [
-    [{"base"}, {"activations", "initializers", "gaussian", "scaled"}],
+    [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
-    [{"meanfield", "freeprob", "finite_width", "predict"}, {"backprop", "profile", "jacobian"}],
+    [{"prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
     [{"data", "store", "plots"}, {"study"}, {"cli"}],
 ]
-THEORY = {"meanfield", "freeprob", "finite_width", "predict"}
+THEORY = {"meanfield", "freeprob", "finite_width", "prediction"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
 EDGE = {"study", "store", "plots", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from vgrad.base import Phi
 
-__all__ = ["REGISTRY", "Activation", "get", "softmax", "table"]
+__all__ = ["REGISTRY", "Activation", "facts", "get", "softmax", "table"]
 
 
 class Activation(NamedTuple):
@@ -34,6 +34,7 @@ class Activation(NamedTuple):
       slope_range: of phi', where it exists.
       slopes: limits of phi(z) / z for z -> -inf and z -> +inf.
       breakpoints: where phi or phi' is not smooth: a quadrature should be cut there.
+      oscillates: whether it is like sin, with structure at all z.
     """
 
     phi: Callable
@@ -42,6 +43,7 @@ class Activation(NamedTuple):
     slope_range: tuple[float, float]
     slopes: tuple[float, float]
     breakpoints: tuple[float, ...] = ()
+    oscillates: bool = False
 
 
 def _with_derivative(phi, derivative):
@@ -94,7 +96,7 @@ REGISTRY: dict[str, Activation] = {
     "relu": Activation(jax.nn.relu, "max(z, 0)", (0, _INF), (0, 1), (0, 1), (0.0,)),
     "leaky_relu": Activation(leaky_relu, "max(z, 0.01 z)", (-_INF, _INF), (0.01, 1), (0.01, 1), (0.0,)),
     "erf": Activation(jax.lax.erf, "erf(z)", (-1, 1), (0, 2 / math.sqrt(math.pi)), (0, 0)),
-    "sin": Activation(jnp.sin, "sin(z)", (-1, 1), (-1, 1), (0, 0)),
+    "sin": Activation(jnp.sin, "sin(z)", (-1, 1), (-1, 1), (0, 0), oscillates=True),
     "hard_tanh": Activation(jax.nn.hard_tanh, "min(max(z, -1), 1)", (-1, 1), (0, 1), (0, 0), (-1.0, 1.0)),
     "elu": Activation(elu, "z if z > 0 else exp(z) - 1", (-1, _INF), (0, 1), (0, 1), (0.0,)),
     "selu": Activation(
@@ -117,8 +119,17 @@ REGISTRY: dict[str, Activation] = {
 }
 
 
-def get(phi: str | Phi) -> Phi:
-    """The function of a registered name, or `phi` itself if it is an elementwise function.
+def facts(phi: "str | Phi | Activation") -> Activation:
+    """What is known of an activation, by name, by its function or as an `Activation` of your own; NaN where nothing is known."""
+    if isinstance(phi, Activation):
+        return phi
+    known = REGISTRY.get(phi) if isinstance(phi, str) else next((a for a in REGISTRY.values() if a.phi is phi), None)
+    nan = math.nan
+    return known or Activation(get(phi), getattr(phi, "__name__", repr(phi)), (nan, nan), (nan, nan), (nan, nan))
+
+
+def get(phi: "str | Phi | Activation") -> Phi:
+    """The function of a registered name or of an `Activation`, or `phi` itself if it is an elementwise function.
 
     Raises:
       ValueError: unknown name; or a callable that changes the shape or the dtype, or is not elementwise.
@@ -133,6 +144,8 @@ def get(phi: str | Phi) -> Phi:
         raise ValueError(
             f"unknown activation {phi!r}" + (f", did you mean {near[0]!r}?" if near else ".") + f" Known: {', '.join(REGISTRY)}."
         )
+    if isinstance(phi, Activation):
+        phi = phi.phi
     if not callable(phi):
         raise TypeError(f"phi is {type(phi).__name__}, expected a name or an elementwise function of an array.")
     _check_elementwise(phi)

@@ -1,0 +1,239 @@
+"""Gaussian expectations, E f(z) for z ~ N(mean, q) and E f(u1) g(u2) for correlated pairs: the one place with a quadrature.
+
+In units of the standard deviation, y = (z - mean) / sqrt(q), the line |y| < 9.5 is cut at y = 0, at z = 0 and at the breakpoints
+of f, and on each piece [a, b] the trapezoidal rule runs in t,
+
+    y = a + (b - a) s(t),    s(t) = 1 / (1 + exp(-t)),    |t| < 20,
+
+whose nodes crowd toward both ends on a logarithmic scale. So a feature of f at a cut is resolved whatever its width: tanh has the
+width 1/sqrt(q) in y, and it makes no difference whether q is 1e-12 or 1e+6. Gauss-Hermite, with its nodes spread evenly, sees a
+step there and is off by percents at q = 100. Kinks and jumps cost nothing as long as they are declared.
+
+Correlated pairs of one activation have a series in the Hermite coefficients a_k(q) = E[phi(sqrt(q) y) He_k(y)] / sqrt(k!),
+
+    E phi(u1) phi(u2) = sum_k a_k(q1) a_k(q2) c^k        (Mehler),
+
+from one-dimensional integrals only. For a kinked phi it converges slowly near |c| = 1, so the kinks are taken out first,
+phi = smooth + sum_b jump_b max(z - b, 0), and their pairs are put back in closed form.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.special import ndtr
+
+from vgrad import activations
+from vgrad.base import Array, Phi
+
+__all__ = ["Series", "correlate", "correlate_slopes", "expect", "expect_pair", "rule_options", "series"]
+
+_REACH = 9.5  # standard deviations; the density there is 1e-20
+
+
+def _trapezoid(step):
+    """s(-t), s(t) and weights of the rule on [0, 1]; its two ends stand also for what lies beyond them."""
+    t = np.arange(-round(20 / step), round(20 / step) + 1) * step
+    left, right = 1 / (1 + np.exp(t)), 1 / (1 + np.exp(-t))
+    weight = step * left * right
+    weight[[0, -1]] += step / np.expm1(step) * right[0]
+    return left, right, weight
+
+
+_LEFT, _RIGHT, _WEIGHT = _trapezoid(0.2)
+_EVEN = np.linspace(-_REACH, _REACH, 2**14)
+NUM_TERMS = 192
+
+
+def rule_options(phi: str | Phi | activations.Activation) -> dict[str, Any]:
+    """What `expect` should know of an activation: its breakpoints, and whether it oscillates."""
+    facts = activations.facts(phi)
+    return {"breakpoints": facts.breakpoints, "oscillates": facts.oscillates}
+
+
+def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), oscillates: bool = False) -> Array:
+    """E f(z), z ~ N(mean, q).
+
+    Args:
+      f: elementwise, of an array [n] to [..., n]: several integrands may be stacked in front.
+      q: variance, >= 0; 0 gives f next to the mean. Shape [], traceable.
+      mean: Shape [], traceable.
+      breakpoints: where f has kinks, jumps, or features narrower than their distance from zero. Zero itself is always one.
+      oscillates: f is like sin: it has structure at all z. An even grid of 16,384 nodes then, good for frequency * sqrt(q) < 2,000.
+    Returns:
+      [...], in the dtype of q. Relative error in float64 below 1e-10 for every smooth activation of the registry, its derivative,
+      and their squares, q from 1e-12 to 1e6, and for the kinked ones too as their breakpoints are declared. Kinks that are not
+      declared cost about 1e-3. NaN where f grows so fast that |z| > 9.5 sqrt(q) matters, exp(z^2) for instance, where f itself is
+      NaN, or for a negative q. Derivatives in q and mean are those of the density, so f may have jumps.
+    """
+    at_zero = isinstance(mean, float) and mean == 0  # then y = 0 and z = 0 are one cut
+    q, mean = _floats(q, mean)
+    std, centre = jnp.sqrt(_positive(lax.stop_gradient(q))), lax.stop_gradient(mean)
+    cuts = [b for b in breakpoints if not isinstance(b, float) or b] if at_zero else [0.0, *breakpoints]
+    y, weight = _nodes([(b - centre) / std for b in cuts], oscillates, q.dtype)
+    values = f(centre + std * y)
+    # The density as a function of q and mean over what it is at their values: 1, but its derivatives are right.
+    moved = (std * y + (centre - mean)) * lax.rsqrt(_positive(q))
+    ratio = std * lax.rsqrt(_positive(q)) * jnp.exp(0.5 * (jnp.square(y) - jnp.square(moved)))
+    total = jnp.sum(values * (weight * ratio), axis=-1)
+    far = jnp.abs(values[..., jnp.array([0, -1])]).max(-1)
+    heavy = far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.sum(jnp.abs(values) * weight, axis=-1)
+    heavy &= far > jnp.square(1 + jnp.square(jnp.abs(centre) + _REACH * std))  # not where all of a tame f lies in the tail
+    return jnp.where(heavy | ~jnp.isfinite(total) | (q < 0), jnp.nan, total)
+
+
+def expect_pair(f1: Callable, f2: Callable, q1, q2, c, *, breakpoints: tuple = (), oscillates: bool = False) -> Array:
+    """E f1(u1) f2(u2) for Gaussians of mean zero, variances q1 and q2 and correlation c in [-1, 1].
+
+    Two nested rules of `expect`, u2 given u1, cut wherever either function is: for any f1 and f2 with these breakpoints, and as
+    precise as `expect`, at a million values of f2. `correlate` is cheaper where both are the same activation. Arguments, NaN and
+    derivatives as for `expect`; the derivative in c loses digits in proportion to 1 / (1 - |c|).
+    """
+    q1, q2, c = _floats(q1, q2, c)
+    slope = c * jnp.sqrt(_positive(q2) / _positive(q1))
+    steep = jnp.where(jnp.abs(slope) < 1e-9, 1e-9, slope)
+    options: Any = dict(breakpoints=breakpoints, oscillates=oscillates)
+    given = jax.vmap(lambda u1: expect(f2, q2 * (1 - c) * (1 + c), mean=slope * u1, **options))
+    cuts = (*breakpoints, *(b / lax.stop_gradient(steep) for b in breakpoints if b))
+    return expect(lambda u1: f1(u1) * given(u1), q1, breakpoints=cuts, oscillates=oscillates)
+
+
+class Series(NamedTuple):
+    """Hermite coefficients of an activation at one variance and mean, its kinks kept apart; K terms, M breakpoints.
+
+    Attributes:
+      smooth: a_k of phi without its kinks. Shape [K].
+      kinks: a_k of sum_b jump_b max(z - b, 0), in closed form. Shape [K].
+      jumps: phi'(b+) - phi'(b-). Shape [M].
+      cuts: (b - mean) / std. Shape [M].
+      std: sqrt(q). Shape [].
+    """
+
+    smooth: Array
+    kinks: Array
+    jumps: Array
+    cuts: Array
+    std: Array
+
+
+def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
+    """The `Series` of an activation for z ~ N(mean, q).
+
+    192 terms. For q up to about 10 what is left out is below 1e-8 of E phi^2 for smooth activations; a saturating one at large q is
+    nearly a step, and the sum then falls short near |c| = 1: by 3e-4 for tanh at q = 100. E phi^2 is better taken from `expect`.
+    """
+    facts = activations.facts(phi)
+    q, mean = _floats(q, mean)
+    std = jnp.sqrt(_positive(q))
+    breaks = [float(b) for b in facts.breakpoints]
+    jumps = jnp.stack([_jump(facts.phi, b, q.dtype) for b in breaks]) if breaks else jnp.zeros(0, q.dtype)
+    cuts = (jnp.asarray(breaks, q.dtype) - mean) / std
+    y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
+    z = mean + std * y
+    rest = facts.phi(z) - sum((jump * jnp.maximum(z - b, 0) for jump, b in zip(jumps, breaks, strict=True)), jnp.zeros_like(z))
+    smooth = jnp.dot(jnp.asarray(_HERMITE, q.dtype), rest * weight, precision="highest")
+    return Series(smooth, std * jnp.dot(_kink(cuts), jumps, precision="highest"), jumps, cuts, std)
+
+
+def correlate(a: Series, b: Series, c) -> Array:
+    """E phi(u1) phi(u2) for the correlation c [], of the two `Series` of one activation."""
+    c = jnp.clip(c, -1, 1)
+    total = jnp.sum(_products(a, b) * _powers(c))
+    h, k = a.cuts[:, None], b.cuts[None]
+    s = jnp.sqrt(_positive((1 - c) * (1 + c)))
+    both = (c + h * k) * _orthant(h, k, c) - k * _density(h) * ndtr(-(k - c * h) / s) - h * _density(k) * ndtr(-(h - c * k) / s)
+    both = both + s * jnp.exp(-0.5 * (jnp.square(h) + jnp.square((k - c * h) / s))) / (2 * np.pi)
+    return total + a.std * b.std * jnp.sum(a.jumps[:, None] * b.jumps[None] * both)
+
+
+def correlate_slopes(a: Series, b: Series, c) -> Array:
+    """E phi'(u1) phi'(u2) = d/dc E phi(u1) phi(u2) / (std1 std2): Price, 1958. Arguments as for `correlate`."""
+    c = jnp.clip(c, -1, 1)
+    k = jnp.arange(1, NUM_TERMS, dtype=c.dtype)
+    total = jnp.sum(_products(a, b)[1:] * k * _powers(c)[:-1]) / (a.std * b.std)
+    return total + jnp.sum(a.jumps[:, None] * b.jumps[None] * _orthant(a.cuts[:, None], b.cuts[None], c))
+
+
+def _products(a, b):
+    return a.smooth * b.smooth + a.smooth * b.kinks + a.kinks * b.smooth
+
+
+def _powers(c):
+    return jnp.cumprod(jnp.concatenate([jnp.ones(1, c.dtype), jnp.full(NUM_TERMS - 1, c)]))
+
+
+def _floats(*args):
+    dtype = jnp.result_type(float, *(a for a in args if isinstance(a, jax.Array)))
+    return [jnp.asarray(a, dtype) for a in args]
+
+
+def _positive(q):
+    return jnp.maximum(q, 1e-30)
+
+
+def _density(y):
+    return jnp.exp(-0.5 * jnp.square(y)) / np.sqrt(2 * np.pi)
+
+
+def _nodes(cuts, oscillates, dtype):
+    """Nodes y and weights, density included, cut at `cuts` [M]."""
+    if oscillates:
+        y = jnp.asarray(_EVEN, dtype)
+        return y, _density(y) * (2 * _REACH / (_EVEN.size - 1))
+    ends = jnp.sort(jnp.clip(jnp.stack([jnp.asarray(c, dtype) for c in (-_REACH, 0, _REACH, *cuts)]), -_REACH, _REACH))
+    a, b = ends[:-1, None], ends[1:, None]
+    y = a * jnp.asarray(_LEFT[None], dtype) + b * jnp.asarray(_RIGHT[None], dtype)
+    return y.ravel(), (_density(y) * (b - a) * jnp.asarray(_WEIGHT[None], dtype)).ravel()
+
+
+def _jump(phi, b, dtype):
+    """phi'(b+) - phi'(b-), a hair to either side of b."""
+    b = np.asarray(b, dtype)
+    sides = [np.nextafter(b, np.asarray(way, dtype)) if b else np.asarray(way * 1e-30, dtype) for way in (-1e9, 1e9)]
+    left, right = (jax.jvp(phi, (jnp.asarray(side),), (jnp.ones((), dtype),))[1] for side in sides)
+    return right - left
+
+
+def _hermite_functions(y, num):
+    """He_k(y) / sqrt(k!), k < num, stacked in front. Normalised so, they neither over- nor underflow."""
+    rows = [np.ones_like(y), y] if isinstance(y, np.ndarray) else [jnp.ones_like(y), y]
+    for k in range(1, num - 1):
+        rows.append((y * rows[-1] - math.sqrt(k) * rows[-2]) / math.sqrt(k + 1))
+    return rows
+
+
+def _orthant(h, k, c):
+    """P(x > h, y > k) of standard normals of correlation c: Plackett's integral over the angle. Broadcasts."""
+    angle = jnp.arcsin(c)
+    left, right, weight = (jnp.asarray(a, c.dtype) for a in _trapezoid(0.4))
+    theta = angle * right
+    # cos(theta) near a right angle, from the distance to it
+    cos = jnp.where(angle > 0, jnp.sin(0.5 * np.pi - angle + angle * left), jnp.cos(theta))
+    h, k = h[..., None], k[..., None]
+    quadratic = (jnp.square(h - k) + 2 * h * k * (1 - jnp.sin(theta))) / (2 * jnp.square(jnp.maximum(cos, 1e-30)))
+    integral = angle * jnp.sum(jnp.exp(-quadratic) * weight, axis=-1)
+    return ndtr(-h[..., 0]) * ndtr(-k[..., 0]) + integral / (2 * np.pi)
+
+
+def _kink(h):
+    """Hermite coefficients of max(y - h, 0), h [M] -> [K, M]."""
+    rows = _hermite_functions(h, NUM_TERMS - 2)
+    rest = [_density(h) * row / math.sqrt(k * (k - 1)) for k, row in enumerate(rows, 2)]
+    return jnp.stack([_density(h) - h * ndtr(-h), ndtr(-h), *rest])
+
+
+def _hermite_rule():
+    """Nodes and weights [n] and He_k / sqrt(k!) [K, n]: even as far as the Hermite functions oscillate, crowded toward zero."""
+    t = np.arange(-20, 13.5, 0.15)
+    half, weight = np.log1p(np.exp(t)), 0.15 / (1 + np.exp(-t))
+    weight[0] *= 1 / -np.expm1(-0.15)
+    y = np.concatenate([-half[::-1], half])
+    weight = np.concatenate([weight[::-1], weight]) * np.exp(-0.5 * np.square(y)) / math.sqrt(2 * math.pi)
+    return (y, weight), np.stack(_hermite_functions(y, NUM_TERMS))
+
+
+_HERMITE_NODES, _HERMITE = _hermite_rule()
