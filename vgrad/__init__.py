@@ -1,12 +1,12 @@
 """vgrad: does the gradient survive the depth of a network, and if not, why?"""
 
-from vgrad import activations, backprop, fit, initializers, layers, losses
+from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
 from vgrad.sweep import sweep
 
 __all__ = [
-    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "fit", "initializers", "layers",
-    "losses", "mlp", "profile", "stack", "sweep",
+    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop",
+    "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp", "profile", "stack", "sweep",
 ]  # fmt: skip

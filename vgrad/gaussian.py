@@ -30,7 +30,7 @@ from jax.scipy.special import ndtr
 from vgrad import activations
 from vgrad.base import Array, Phi
 
-__all__ = ["Series", "correlate", "correlate_slopes", "expect", "expect_pair", "rule_options", "series"]
+__all__ = ["Series", "correlator", "expect", "expect_pair", "rule_options", "series"]
 
 _REACH = 9.5  # standard deviations; the density there is 1e-20
 
@@ -72,25 +72,39 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
     """
     at_zero = isinstance(mean, float) and mean == 0  # then y = 0 and z = 0 are one cut
     q, mean = _floats(q, mean)
-    std, centre = jnp.sqrt(_positive(lax.stop_gradient(q))), lax.stop_gradient(mean)
+    side = float(jnp.finfo(q.dtype).tiny) ** 0.75  # at q = 0 both sides of the mean are seen still, and its square is 0
+    std, centre = jnp.maximum(jnp.sqrt(lax.stop_gradient(q)), side), lax.stop_gradient(mean)
     cuts = [b for b in breakpoints if not isinstance(b, float) or b] if at_zero else [0.0, *breakpoints]
-    y, weight = _nodes([(b - centre) / std for b in cuts], oscillates, q.dtype)
+    y, weight = _nodes([(b - centre) / jnp.maximum(std, 1e-15) for b in cuts], oscillates, q.dtype)
     values = f(centre + std * y)
-    # The density as a function of q and mean over what it is at their values: 1, but its derivatives are right.
-    moved = (std * y + (centre - mean)) * lax.rsqrt(_positive(q))
-    ratio = std * lax.rsqrt(_positive(q)) * jnp.exp(0.5 * (jnp.square(y) - jnp.square(moved)))
-    total = jnp.sum(values * (weight * ratio), axis=-1)
-    far = jnp.abs(values[..., jnp.array([0, -1])]).max(-1)
-    heavy = far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.sum(jnp.abs(values) * weight, axis=-1)
-    heavy &= far > jnp.square(1 + jnp.square(jnp.abs(centre) + _REACH * std))  # not where all of a tame f lies in the tail
+    total = jnp.dot(values, weight * _density_ratio(y, q, mean), precision="highest")
+    far, edge = jnp.abs(values[..., jnp.array([0, -1])]).max(-1), jnp.abs(centre) + _REACH * std
+    # Heavy beyond the reach, and steeper than any polynomial one meets: the tail may well be all there is of a tame f.
+    heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log1p(jnp.square(edge)))
     return jnp.where(heavy | ~jnp.isfinite(total) | (q < 0), jnp.nan, total)
+
+
+@jax.custom_jvp
+def _density_ratio(y, q, mean):
+    """The density at the nodes as a function of q and mean over what it is at their values: 1, with derivatives of all orders."""
+    return jnp.ones_like(y)
+
+
+@_density_ratio.defjvp
+def _(primals, tangents):
+    y, q, mean = primals
+    _, dq, dmean = tangents
+    inverse = lax.rsqrt(_positive(q))
+    y = (lax.stop_gradient(1 / inverse) * y + lax.stop_gradient(mean) - mean) * inverse  # of the same z, whatever q and mean do
+    growth = 0.5 * (jnp.square(y) - 1) * jnp.square(inverse) * dq + y * inverse * dmean
+    return jnp.ones_like(y), _density_ratio(*primals) * growth
 
 
 def expect_pair(f1: Callable, f2: Callable, q1, q2, c, *, breakpoints: tuple = (), oscillates: bool = False) -> Array:
     """E f1(u1) f2(u2) for Gaussians of mean zero, variances q1 and q2 and correlation c in [-1, 1].
 
     Two nested rules of `expect`, u2 given u1, cut wherever either function is: for any f1 and f2 with these breakpoints, and as
-    precise as `expect`, at a million values of f2. `correlate` is cheaper where both are the same activation. Arguments, NaN and
+    precise as `expect`, at a million values of f2. `correlator` is cheaper where both are the same activation. Arguments, NaN and
     derivatives as for `expect`; the derivative in c loses digits in proportion to 1 / (1 - |c|).
     """
     q1, q2, c = _floats(q1, q2, c)
@@ -139,31 +153,30 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     return Series(smooth, std * jnp.dot(_kink(cuts), jumps, precision="highest"), jumps, cuts, std)
 
 
-def correlate(a: Series, b: Series, c) -> Array:
-    """E phi(u1) phi(u2) for the correlation c [], of the two `Series` of one activation."""
-    c = jnp.clip(c, -1, 1)
-    total = jnp.sum(_products(a, b) * _powers(c))
+def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
+    """From two `Series` of one activation, c [] -> (E phi(u1) phi(u2), E phi'(u1) phi'(u2)), for correlation c in [-1, 1].
+
+    The second is d/dc of the first over std1 * std2 (Price, 1958). Better so than by autodiff, where phi has kinks: the second
+    derivative is infinite at |c| = 1.
+    """
+    coefficients = (a.smooth * b.smooth + a.smooth * b.kinks + a.kinks * b.smooth)[::-1]
+    jumps = a.jumps[:, None] * b.jumps[None]
     h, k = a.cuts[:, None], b.cuts[None]
-    s = jnp.sqrt(_positive((1 - c) * (1 + c)))
-    both = (c + h * k) * _orthant(h, k, c) - k * _density(h) * ndtr(-(k - c * h) / s) - h * _density(k) * ndtr(-(h - c * k) / s)
-    both = both + s * jnp.exp(-0.5 * (jnp.square(h) + jnp.square((k - c * h) / s))) / (2 * np.pi)
-    return total + a.std * b.std * jnp.sum(a.jumps[:, None] * b.jumps[None] * both)
 
+    def at(c):
+        c = jnp.clip(c, -1, 1)
+        step = lambda state, x: ((state[0] * c + x, state[1] * c + state[0]), None)  # noqa: E731  Horner, with the derivative
+        zero = c * coefficients[0] * 0
+        (value, slope), _ = lax.scan(step, (zero, zero), coefficients, unroll=16)
+        if not jumps.size:
+            return value, slope / (a.std * b.std)
+        s = jnp.sqrt(_positive((1 - c) * (1 + c)))
+        both = _orthant(h, k, c)
+        kinks = (c + h * k) * both - k * _density(h) * ndtr((c * h - k) / s) - h * _density(k) * ndtr((c * k - h) / s)
+        kinks += s * jnp.exp(-0.5 * (jnp.square(h) + jnp.square((k - c * h) / s))) / (2 * np.pi)
+        return value + a.std * b.std * jnp.sum(jumps * kinks), slope / (a.std * b.std) + jnp.sum(jumps * both)
 
-def correlate_slopes(a: Series, b: Series, c) -> Array:
-    """E phi'(u1) phi'(u2) = d/dc E phi(u1) phi(u2) / (std1 std2): Price, 1958. Arguments as for `correlate`."""
-    c = jnp.clip(c, -1, 1)
-    k = jnp.arange(1, NUM_TERMS, dtype=c.dtype)
-    total = jnp.sum(_products(a, b)[1:] * k * _powers(c)[:-1]) / (a.std * b.std)
-    return total + jnp.sum(a.jumps[:, None] * b.jumps[None] * _orthant(a.cuts[:, None], b.cuts[None], c))
-
-
-def _products(a, b):
-    return a.smooth * b.smooth + a.smooth * b.kinks + a.kinks * b.smooth
-
-
-def _powers(c):
-    return jnp.cumprod(jnp.concatenate([jnp.ones(1, c.dtype), jnp.full(NUM_TERMS - 1, c)]))
+    return at
 
 
 def _floats(*args):

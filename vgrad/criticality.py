@@ -1,0 +1,94 @@
+"""Criticality: at which sigma_w and sigma_b a network of a given activation keeps its gradient.
+
+On the critical line chi_1 = sigma_w^2 E phi'^2 = 1 at the fixed point of the length. Taking that length q for the parameter, the
+line is two quadratures and no search,
+
+    sigma_w^2 = 1 / E phi'(u)^2,    sigma_b^2 = q - sigma_w^2 E phi(u)^2,    u ~ N(0, q).
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vgrad.base import Array
+from vgrad.moments import AnyPhi, Real, all_roots, checked, length_slope, second_moment, slope_moment, table
+
+__all__ = ["CriticalPoints", "critical_line", "critical_points", "critical_sigma_w", "gain"]
+
+
+class CriticalPoints(NamedTuple):
+    """Points of the critical line, chi_1 = 1, at lengths that are fixed points; arrays of one shape.
+
+    Attributes:
+      q: the length. For a scale-invariant phi every length will do, and this is 1.
+      sigma_w, sigma_b: stds that make it so. NaN where no real sigma_b does.
+      chi_par: slope of the length map: below 1 the fixed point attracts, above 1 it repels, and iteration never finds it.
+    """
+
+    q: Array
+    sigma_w: Array
+    sigma_b: Array
+    chi_par: Array
+
+
+def critical_line(phi: AnyPhi, q) -> CriticalPoints:
+    """The point of the critical line at length q: sigma_w^2 = 1 / E phi'^2, sigma_b^2 = q - sigma_w^2 E phi^2. Fields of shape [].
+
+    Two quadratures, no root finding: vmap it over q to draw the edge of chaos.
+    """
+    (q,) = checked(q)
+    sigma_w_sq = 1 / slope_moment(phi, q)
+    length = sigma_w_sq * second_moment(phi, q)
+    sigma_b_sq = jnp.where(jnp.abs(q - length) < 64 * jnp.finfo(q.dtype).eps * q, 0.0, q - length)
+    real = (sigma_b_sq >= 0) & jnp.isfinite(sigma_w_sq)
+    root = lambda v: jnp.where(v > 0, jnp.sqrt(jnp.where(v > 0, v, 1.0)), 0.0)  # noqa: E731  a finite derivative at 0
+    found = CriticalPoints(q, root(sigma_w_sq), root(sigma_b_sq), sigma_w_sq * length_slope(phi, q))
+    return CriticalPoints(*(jnp.where(real, v, jnp.nan) for v in found))
+
+
+def critical_points(phi: AnyPhi, sigma_b: Real = 0.0, *, num: int = 4) -> CriticalPoints:
+    """All solutions of chi_1 = 1 at a given sigma_b in the order of their length; fields of shape [num], NaN where there are fewer.
+
+    Every activation of the registry has one, or none: softplus at all, and relu and its kin with a bias, whose length grows without
+    bound at any sigma_w that keeps the gradient. Look at chi_par: above 1, as for gelu and silu at a small sigma_b, the point
+    repels, and a network set there leaves it.
+    """
+    (sigma_b,) = checked(sigma_b)
+
+    def bias(q):  # sigma_b^2 along the critical line
+        return q - second_moment(phi, q) / slope_moment(phi, q)
+
+    lengths, values = table(bias, sigma_b.dtype)
+    scale_invariant = jnp.all(jnp.abs(values) <= 4096 * jnp.finfo(values.dtype).eps * lengths)
+    roots = all_roots(lambda q: bias(q) - sigma_b**2, (lengths, values - sigma_b**2), num)
+    any_length = jnp.where((jnp.arange(num) == 0) & (sigma_b == 0), 1.0, jnp.nan)
+    roots = jnp.where(scale_invariant, any_length, roots)
+    found = jax.vmap(partial(critical_line, phi))(roots)
+    return found._replace(sigma_b=jnp.where(jnp.isnan(found.q), jnp.nan, sigma_b))
+
+
+def critical_sigma_w(phi: AnyPhi, sigma_b: Real = 0.0) -> Array:
+    """The sigma_w at which chi_1 = 1, for a given sigma_b. Shape []; NaN where there is none.
+
+    Where there are several the first whose length attracts (chi_par <= 1), and the first of all if none does: `critical_points` has
+    them all.
+    """
+    found = critical_points(phi, sigma_b)
+    order = jnp.where(jnp.isnan(found.q), 2, jnp.where(found.chi_par <= 1 + 1e-5, 0, 1))
+    return found.sigma_w[jnp.argmin(order)]
+
+
+def gain(phi: AnyPhi, mode: str = "forward", *, q=1.0) -> Array:
+    """The sigma_w that preserves one second moment at preactivations of variance q. Shape [].
+
+    "forward": E h^2 = 1 / sigma_w^2, so that the variance is 1 again after the next weights, sigma_w = 1 / sqrt(E phi^2) at q = 1.
+    "backward": that of the gradient, sigma_w = 1 / sqrt(E phi'^2). For relu both are sqrt 2, for other phi they differ, and no
+    value of `calculate_gain` in PyTorch but those of relu and linear is either of them. inf where phi (or phi') vanishes.
+    """
+    if mode not in ("forward", "backward"):
+        raise ValueError(f"mode is {mode!r}, expected 'forward' or 'backward'.")
+    (q,) = checked(q)
+    return jnp.sqrt(q / second_moment(phi, q)) if mode == "forward" else lax.rsqrt(slope_moment(phi, q))
