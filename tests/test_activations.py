@@ -87,10 +87,9 @@ def test_value_and_gradient_are_finite_at_zero(name):
     assert np.all((low <= slope) & (slope <= high * (1 + 1e-6)))
 
 
-def test_the_derivatives_of_jax_itself_are_zero_in_the_tails():
-    """Why tanh, sigmoid and elu are not those of jax: with them a saturated float32 network reads exactly zero."""
-    for theirs, name, z in ((jnp.tanh, "tanh", 40.0), (jax.nn.sigmoid, "sigmoid", 40.0), (jax.nn.elu, "elu", -40.0)):
-        assert float(jax.grad(lambda z, f=theirs: f(z))(z)) == 0
+def test_the_derivatives_are_positive_far_out_in_the_tails():
+    """Why tanh, sigmoid and elu are not those of jax: with jax 0.10's a saturated float32 network reads exactly zero."""
+    for name, z in (("tanh", 40.0), ("sigmoid", 40.0), ("elu", -40.0)):
         assert orders(name, False)[1][z == SHORT] > 0
 
 

@@ -2,8 +2,8 @@
 
 The backward pass multiplies by phi'(z) at every layer, so whether a gradient can survive is largely a matter of the range of phi'.
 Its derivative is taken by autodiff throughout the library; the functions here are written so that autodiff gets it right in the
-tails too. `jnp.tanh` and `jax.nn.sigmoid` differentiate through y (1 - y), and `jax.nn.elu` through y + 1, which are 0 in float32
-from |z| = 9 and |z| = 17 on;
+tails too. `jnp.tanh` and `jax.nn.sigmoid` differentiate (as of jax 0.10) through y (1 - y), and `jax.nn.elu` through y + 1, which
+are 0 in float32 from |z| = 9 and |z| = 17 on;
 
     tanh'(z) = 4 s(2z) s(-2z),    sigmoid'(z) = s(z) s(-z),    elu'(z) = exp(min(z, 0)),    s = sigmoid,
 

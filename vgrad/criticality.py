@@ -6,6 +6,7 @@ line is two quadratures and no search,
     sigma_w^2 = 1 / E phi'(u)^2,    sigma_b^2 = q - sigma_w^2 E phi(u)^2,    u ~ N(0, q).
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -14,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from vgrad.base import Array
-from vgrad.moments import AnyPhi, Real, all_roots, checked, length_slope, second_moment, slope_moment, table
+from vgrad.moments import AnyPhi, Real, all_roots, checked, length_slope, root, second_moment, slope_moment, table
 
-__all__ = ["CriticalPoints", "critical_line", "critical_points", "critical_sigma_w", "gain"]
+__all__ = ["CriticalPoints", "Universality", "critical_line", "critical_points", "critical_sigma_w", "gain", "universality"]
 
 
 class CriticalPoints(NamedTuple):
@@ -32,6 +33,29 @@ class CriticalPoints(NamedTuple):
     sigma_w: Array
     sigma_b: Array
     chi_par: Array
+
+
+class Universality(NamedTuple):
+    """How an activation behaves where chi_1 = chi_par = 1, so that neither the gradient nor the length runs away with depth.
+
+    Attributes:
+      kind: "scale-invariant" (like relu: the map leaves every length alone), "K*=0" (like tanh: at sigma_b = 0 the length decays,
+        but only as a power of depth), "half-stable" (gelu, silu: a length > 0 that attracts from one side and repels on the
+        other, so that iteration does not find it), or "none".
+      sigma_w, sigma_b, q: the critical point and its length; for "none" the point of the critical line where chi_par is
+        nearest to 1, NaN where the activation has no critical line at all.
+      chi_par: slope of the length map there.
+      power, rate: of the decay for "K*=0", q_map(q) = q - rate q^(1 + power) at small q, so that q^l ~ (rate power l)^(-1 / power).
+        NaN for the others; power is inf for hard_tanh, which leaves small signals alone.
+    """
+
+    kind: str
+    sigma_w: float
+    sigma_b: float
+    q: float
+    chi_par: float
+    power: float
+    rate: float
 
 
 def critical_line(phi: AnyPhi, q) -> CriticalPoints:
@@ -79,6 +103,46 @@ def critical_sigma_w(phi: AnyPhi, sigma_b: Real = 0.0) -> Array:
     found = critical_points(phi, sigma_b)
     order = jnp.where(jnp.isnan(found.q), 2, jnp.where(found.chi_par <= 1 + 1e-5, 0, 1))
     return found.sigma_w[jnp.argmin(order)]
+
+
+def universality(phi: AnyPhi) -> Universality:
+    """The universality class of an activation. Roberts, Yaida & Hanin, 2022, The Principles of Deep Learning Theory, chapter 5.
+
+    By root finding on chi_par = 1 along the critical line, not by iterating the map. It returns a word, so it is not for use under
+    `jit`. In float64 good to ten digits.
+    """
+    dtype = jnp.result_type(float)
+    small = float(jnp.finfo(dtype).eps) ** (1 / 3)
+
+    def slope(q):  # chi_par - 1 along the critical line, which need not be real there
+        return length_slope(phi, q) / slope_moment(phi, q) - 1
+
+    def excess(q):  # relative, at sigma_b = 0 and the critical sigma_w of vanishing signals
+        return float(1 - second_moment(phi, q) / (q * slope_moment(phi, jnp.zeros_like(q))))
+
+    def point(kind, q, power=math.nan, rate=math.nan):
+        found = critical_line(phi, q)
+        sigma_w, sigma_b, chi_par = (float(v) for v in (found.sigma_w, found.sigma_b, found.chi_par))
+        return Universality(kind, sigma_w, sigma_b, float(q), chi_par, power, rate)
+
+    lengths, values = table(lambda q: q - second_moment(phi, q) / slope_moment(phi, q), dtype)
+    if bool(jnp.all(jnp.abs(values) <= 4096 * jnp.finfo(dtype).eps * lengths)):
+        return point("scale-invariant", jnp.ones((), dtype))
+    slopes = jax.vmap(slope)(lengths)
+    starts_at_zero = float(second_moment(phi, jnp.zeros((), dtype))) == 0
+    if starts_at_zero and float(slope(jnp.asarray(small, dtype))) < 8 * small**2:
+        near, far = (excess(jnp.asarray(q, dtype)) for q in (small, 4 * small))
+        if min(near, far) < 8 * small**2:
+            return point("K*=0", jnp.zeros((), dtype), math.inf)
+        power = math.log(far / near) / math.log(4)
+        return point("K*=0", jnp.zeros((), dtype), power, near / small**power)
+    real = (values >= 0) & jnp.isfinite(slopes) & (lengths >= small)
+    falls = jnp.nonzero(real[:-1] & real[1:] & (slopes[:-1] > 0) & (slopes[1:] <= 0))[0]
+    if falls.size:
+        return point("half-stable", root(slope, lengths[falls[0]], lengths[falls[0] + 1]))
+    if not bool(real.any()):
+        return Universality("none", *(math.nan,) * 6)
+    return point("none", lengths[jnp.argmin(jnp.where(real, jnp.abs(slopes), jnp.inf))])
 
 
 def gain(phi: AnyPhi, mode: str = "forward", *, q=1.0) -> Array:

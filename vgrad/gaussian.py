@@ -120,15 +120,17 @@ class Series(NamedTuple):
     """Hermite coefficients of an activation at one variance and mean, its kinks kept apart; K terms, M breakpoints.
 
     Attributes:
-      smooth: a_k of phi without its kinks. Shape [K].
-      kinks: a_k of sum_b jump_b max(z - b, 0), in closed form. Shape [K].
+      smooth, slopes: a_k of phi without its kinks, and of its derivative. Shape [K].
+      kinks, steps: a_k of sum_b jump_b max(z - b, 0) and of its derivative, in closed form. Shape [K].
       jumps: phi'(b+) - phi'(b-). Shape [M].
       cuts: (b - mean) / std. Shape [M].
       std: sqrt(q). Shape [].
     """
 
     smooth: Array
+    slopes: Array
     kinks: Array
+    steps: Array
     jumps: Array
     cuts: Array
     std: Array
@@ -138,7 +140,7 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     """The `Series` of an activation for z ~ N(mean, q).
 
     192 terms. For q up to about 10 what is left out is below 1e-8 of E phi^2 for smooth activations; a saturating one at large q is
-    nearly a step, and the sum then falls short near |c| = 1: by 3e-4 for tanh at q = 100. E phi^2 is better taken from `expect`.
+    nearly a step, and the sum then falls short near |c| = 1: by 2e-3 for tanh at q = 100. E phi^2 is better taken from `expect`.
     """
     facts = activations.facts(phi)
     q, mean = _floats(q, mean)
@@ -148,9 +150,14 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     cuts = (jnp.asarray(breaks, q.dtype) - mean) / std
     y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
     z = mean + std * y
-    rest = facts.phi(z) - sum((jump * jnp.maximum(z - b, 0) for jump, b in zip(jumps, breaks, strict=True)), jnp.zeros_like(z))
-    smooth = jnp.dot(jnp.asarray(_HERMITE, q.dtype), rest * weight, precision="highest")
-    return Series(smooth, std * jnp.dot(_kink(cuts), jumps, precision="highest"), jumps, cuts, std)
+
+    def smooth(z):
+        return facts.phi(z) - sum((jump * jnp.maximum(z - b, 0) for jump, b in zip(jumps, breaks, strict=True)), jnp.zeros_like(z))
+
+    both = jnp.stack(jax.jvp(smooth, (z,), (jnp.ones_like(z),))) * weight
+    rest, slopes = jnp.dot(both, jnp.asarray(_HERMITE.T, q.dtype), precision="highest")
+    kinks, steps = (jnp.dot(a, jumps, precision="highest") for a in _kink(cuts))
+    return Series(rest, slopes, std * kinks, steps, jumps, cuts, std)
 
 
 def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
@@ -159,22 +166,22 @@ def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
     The second is d/dc of the first over std1 * std2 (Price, 1958). Better so than by autodiff, where phi has kinks: the second
     derivative is infinite at |c| = 1.
     """
-    coefficients = (a.smooth * b.smooth + a.smooth * b.kinks + a.kinks * b.smooth)[::-1]
+    values = a.smooth * b.smooth + a.smooth * b.kinks + a.kinks * b.smooth
+    slopes = a.slopes * b.slopes + a.slopes * b.steps + a.steps * b.slopes
+    coefficients = jnp.stack([values, slopes], axis=-1)[::-1]
     jumps = a.jumps[:, None] * b.jumps[None]
     h, k = a.cuts[:, None], b.cuts[None]
 
     def at(c):
         c = jnp.clip(c, -1, 1)
-        step = lambda state, x: ((state[0] * c + x, state[1] * c + state[0]), None)  # noqa: E731  Horner, with the derivative
-        zero = c * coefficients[0] * 0
-        (value, slope), _ = lax.scan(step, (zero, zero), coefficients, unroll=16)
+        (value, slope), _ = lax.scan(lambda total, x: (total * c + x, None), 0 * coefficients[0] * c, coefficients, unroll=16)
         if not jumps.size:
-            return value, slope / (a.std * b.std)
+            return value, slope
         s = jnp.sqrt(_positive((1 - c) * (1 + c)))
         both = _orthant(h, k, c)
         kinks = (c + h * k) * both - k * _density(h) * ndtr((c * h - k) / s) - h * _density(k) * ndtr((c * k - h) / s)
         kinks += s * jnp.exp(-0.5 * (jnp.square(h) + jnp.square((k - c * h) / s))) / (2 * np.pi)
-        return value + a.std * b.std * jnp.sum(jumps * kinks), slope / (a.std * b.std) + jnp.sum(jumps * both)
+        return value + a.std * b.std * jnp.sum(jumps * kinks), slope + jnp.sum(jumps * both)
 
     return at
 
@@ -233,10 +240,12 @@ def _orthant(h, k, c):
 
 
 def _kink(h):
-    """Hermite coefficients of max(y - h, 0), h [M] -> [K, M]."""
-    rows = _hermite_functions(h, NUM_TERMS - 2)
-    rest = [_density(h) * row / math.sqrt(k * (k - 1)) for k, row in enumerate(rows, 2)]
-    return jnp.stack([_density(h) - h * ndtr(-h), ndtr(-h), *rest])
+    """Hermite coefficients of max(y - h, 0) and of its derivative, h [M] -> two of [K, M]."""
+    near = jnp.clip(h, -12, 12)  # beyond, the density has nothing left of them
+    rows = [_density(near) * row / math.sqrt(k) for k, row in enumerate(_hermite_functions(near, NUM_TERMS - 1), 1)]
+    steps = jnp.stack([ndtr(-h), *rows])
+    integrals = [step / math.sqrt(k) for k, step in enumerate(steps[:-1], 1)]
+    return jnp.stack([_density(h) - h * ndtr(-h), *integrals]), steps
 
 
 def _hermite_rule():

@@ -60,7 +60,12 @@ def orthogonal(sigma_w=1.0):
     Saxe et al., 2014 (arXiv:1312.6120).
     """
     unit = jax.nn.initializers.orthogonal(1.0)
-    return _scaled(sigma_w, lambda key, shape, dtype: math.sqrt(max(shape) / shape[0]) * unit(key, shape, dtype))
+
+    def draw(key, shape, dtype):
+        wide = dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32  # no QR decomposition takes less
+        return (math.sqrt(max(shape) / shape[0]) * unit(key, shape, wide)).astype(dtype)
+
+    return _scaled(sigma_w, draw)
 
 
 def identity(sigma_w=1.0):

@@ -32,7 +32,15 @@ from jax import lax
 
 from vgrad import gaussian
 from vgrad.base import Array
-from vgrad.criticality import CriticalPoints, critical_line, critical_points, critical_sigma_w, gain
+from vgrad.criticality import (
+    CriticalPoints,
+    Universality,
+    critical_line,
+    critical_points,
+    critical_sigma_w,
+    gain,
+    universality,
+)
 from vgrad.moments import (
     AnyPhi,
     Real,
@@ -49,8 +57,9 @@ from vgrad.moments import (
 )
 
 __all__ = [
-    "Asymptotics", "CriticalPoints", "DepthScales", "FixedPoints", "asymptotics", "c_map", "c_star", "chi", "chi_1", "chi_par",
-    "critical_line", "critical_points", "critical_sigma_w", "depth_scales", "fixed_points", "gain", "phase", "q_map", "q_star",
+    "Asymptotics", "CriticalPoints", "DepthScales", "FixedPoints", "Universality", "asymptotics", "c_map", "c_star", "chi", "chi_1",
+    "chi_par", "critical_line", "critical_points", "critical_sigma_w", "depth_scales", "fixed_points", "gain", "phase", "q_map",
+    "q_star", "universality",
 ]  # fmt: skip
 
 
