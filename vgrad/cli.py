@@ -57,10 +57,9 @@ def _study(
     store.check_writable(config.out)
     if cache:
         _keep_compiled()
-    if distributed:
-        _meet(coordinator, num_processes, process_id)
+    _one_device_per_core()
+    member, members = _roll_call(coordinator, num_processes, process_id) if distributed else (0, 1)
     mesh = _all_devices()
-    member, members = (jax.process_index(), jax.process_count()) if distributed else (0, 1)
     folder, again = config.out / "study.chunks", "the same command with --resume goes on"
     with chunkstore.Store(folder, member=member, num_members=members) as kept, _stop_on_signals() as caught, _plain_warnings():
         with _bar(quiet or member > 0, mesh) as on_progress:
@@ -110,16 +109,26 @@ def _plot(results: tyro.conf.Positional[Path], out: Path | None = None) -> None:
         print(written)
 
 
-def _meet(coordinator, num_processes, process_id):
-    """Joins the other processes. Recoverable: one that dies would take the others along, though they need nothing of each other."""
-    jax.config.update("jax_enable_recoverability", True)
+def _roll_call(coordinator, num_processes, process_id):
+    """Which process this is, of how many. All meet once and part again.
+
+    Whoever stays joined to jax's coordinator is aborted when another process dies, and at once when the coordinator does or is the
+    first to finish. Chunks need nothing of each other, so nobody stays.
+    """
     jax.distributed.initialize(coordinator, num_processes, process_id)
+    member = jax.process_index(), jax.process_count()
+    jax.distributed.shutdown()
+    return member
+
+
+def _one_device_per_core():
+    """On CPU as many virtual devices as cores, which beats one device with a thread per core."""
+    with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
 
 def _all_devices():
-    """A mesh over all devices of this process. On CPU one virtual device per core, which beats one with a thread per core."""
-    with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    """A mesh over all devices of this process."""
     devices = np.array(jax.local_devices())
     return jax.sharding.Mesh(devices, ("cases",)) if devices.size > 1 else None
 
