@@ -123,7 +123,7 @@ class Store(Memory):
         messages = []
         for chunk in chunks:
             try:
-                self._payload(chunk)
+                self.read(chunk)
             except FileNotFoundError:
                 continue
             except Damaged as error:
@@ -147,14 +147,15 @@ class Store(Memory):
         with np.load(io.BytesIO(self._payload(chunk)), allow_pickle=False) as file:
             arrays = dict(file)
         if str(arrays.pop(_LABEL)) != self._label(chunk):
-            raise Damaged(f"{self._path(chunk)} is a chunk of another study: remove it and go on with --resume.")
+            raise Damaged(f"{self._path(chunk)} is a chunk of another study. --resume measures it again.")
         return arrays
 
     def empty(self, shape, dtype) -> np.ndarray:
         """An array to gather chunks in; from 1 GiB on a nameless file in the folder, so that a study may exceed the memory."""
         if np.prod(shape, dtype=float) * np.dtype(dtype).itemsize < 2**30:
             return np.empty(shape, dtype)
-        return np.memmap(tempfile.TemporaryFile(dir=self.folder), dtype, "w+", shape=shape)
+        with tempfile.TemporaryFile(dir=self.folder) as file:  # the map keeps what it is of
+            return np.memmap(file, dtype, "w+", shape=shape)
 
     def last_to_finish(self) -> None:
         """Waits until no other process of a distributed run looks for missing chunks or gathers them, and keeps the others out."""
