@@ -115,7 +115,7 @@ def test_a_store_of_other_data_code_or_precision_is_refused(tmp_path, monkeypatc
     config = study.Config(**(vars(CONFIG) | {"data": data}))
     with jax.enable_x64(False):
         run(tmp_path / "store", config, stopping=stop_after(1))
-    with pytest.raises(ValueError, match="config.dtype is 'float32' there and 'float64' here"):
+    with pytest.raises(ValueError, match=r"config.dtype is 'float32' there and 'float64' here"):
         run(tmp_path / "store", config, resume=True)
     np.savez(data, x=x + np.eye(40, 64), y=y)
     with jax.enable_x64(False), pytest.raises(ValueError, match=r"another study: data.x is '\w{16}' there and '\w{16}' here"):
@@ -247,7 +247,13 @@ def test_a_read_only_folder_is_an_error_before_anything_is_measured(tmp_path, me
 
 # Two runs, and signals.
 
-HOLD = "import sys; from vgrad.chunkstore import Store; store = Store(sys.argv[1]); store.__enter__(); print('held', flush=True); sys.stdin.read()"
+HOLD = """
+import sys
+from vgrad.chunkstore import Store
+with Store(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
 def test_a_second_run_on_a_store_is_refused_until_the_first_is_dead(tmp_path, whole):
@@ -264,19 +270,18 @@ def test_a_second_run_on_a_store_is_refused_until_the_first_is_dead(tmp_path, wh
 
 
 def test_processes_of_one_distributed_run_share_the_store_and_the_last_has_the_result(tmp_path, whole):
-    with Store(tmp_path, member=1, num_members=2) as one:
-        with Store(tmp_path, member=0, num_members=2) as zero:
-            assert study.run(CONFIG, store=one, resume=True) is None
-            with pytest.raises(BlockingIOError), Store(tmp_path):
-                pass
-            with pytest.raises(BlockingIOError), Store(tmp_path, member=1, num_members=2):
-                pass
-            one.__exit__()
-            same(study.run(CONFIG, store=zero, resume=True), whole)
+    with Store(tmp_path, member=1, num_members=2) as one, Store(tmp_path, member=0, num_members=2) as zero:
+        assert study.run(CONFIG, store=one, resume=True) is None
+        with pytest.raises(BlockingIOError), Store(tmp_path):
+            pass
+        with pytest.raises(BlockingIOError), Store(tmp_path, member=1, num_members=2):
+            pass
+        one.__exit__()
+        same(study.run(CONFIG, store=zero, resume=True), whole)
     assert len(list(tmp_path.glob("*.npz"))) == NUM_CHUNKS
 
 
-OPTIONS = "--phi sigmoid relu --init xavier he --depths 2 3 5 --num-seeds 5 --width 8 --batch 4 --chunk 3 --no-cache --quiet".split()
+OPTIONS = "--phi sigmoid relu --init xavier he --depths 2 3 5 --num-seeds 5 --width 8 --batch 4 --chunk 3 --quiet --no-cache"
 
 
 @pytest.mark.parametrize(
@@ -299,13 +304,13 @@ def test_a_signal_stops_the_command_and_says_how_to_go_on(signals, code, kept, t
     monkeypatch.setattr(task, "sweep", disturbed)
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["study", *OPTIONS, "--out", str(tmp_path)])
+        cli.main(["study", *OPTIONS.split(), "--out", str(tmp_path)])
     assert stopped.value.code == code
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert "the same command with --resume goes on" in capsys.readouterr().out
     assert len(list((tmp_path / "study.chunks").glob("*.npz"))) == kept
     monkeypatch.setattr(task, "sweep", sweep)
-    cli.main(["study", *OPTIONS, "--resume", "--out", str(tmp_path)])
+    cli.main(["study", *OPTIONS.split(), "--resume", "--out", str(tmp_path)])
     resumed = files.load(tmp_path / "study.nc")
     for name in whole.data_vars:
         np.testing.assert_array_equal(resumed[name], whole[name])
