@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help study test check bench figures clean
+.PHONY: help study test check bench faults figures clean
 
 help:
 	@echo "make study   measure the decay of gradients on real data: table, labelled data, pictures (results/)"
 	@echo "make test    the test-suite"
 	@echo "make check   ruff, the type checker, then the suite"
 	@echo "make bench   the benchmarks (minutes)"
+	@echo "make faults  kill -9, signals, a full disk, done to the real command (minutes; the last as root)"
 	@echo "make figures the study again, and from it what docs/ shows"
 
 .venv/bin/python:
@@ -36,6 +37,9 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+
+faults: .venv/.test
+	$(BIN)/python tests/faults/run.py
 
 # What docs/ shows, from the code and a default study.
 figures: study

@@ -3,6 +3,7 @@
 Processes share a cache of compiled programs, so that only the first of them compiles.
 """
 
+import importlib
 import os
 import signal
 import socket
@@ -11,11 +12,13 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
 
+from vgrad import store as files
 from vgrad import study
 from vgrad.chunkstore import Store
 
@@ -85,21 +88,33 @@ def test_chunks_in_processes_of_a_pool(environment, whole, monkeypatch):
         close(study.run(CONFIG, executor=pool), whole)
 
 
-def test_dask_goes_on_when_a_worker_is_killed(tmp_path, environment, whole, monkeypatch):
+@pytest.fixture
+def client(environment, monkeypatch):
+    """Two workers of one thread each."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    killed = []
     with LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, Client(cluster) as client:
-        pids = client.run(os.getpid)
+        yield client
 
-        def kill_one(progress):
-            if progress.done and not killed:
-                killed.append(next(iter(pids.values())))
-                os.kill(killed[0], signal.SIGKILL)
 
-        with Store(tmp_path) as store:
-            close(study.run(CONFIG, store=store, executor=client.get_executor(), on_progress=kill_one), whole)
+def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, whole):
+    killed, workers = [], client.run(os.getpid)
+
+    def kill_one(progress):
+        if progress.done and not killed:
+            killed.append(next(iter(workers.values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with Store(tmp_path / "store") as store:
+        close(study.run(CONFIG, store=store, executor=client.get_executor(), on_progress=kill_one), whole)
     assert killed
+    assert killed[0] not in client.run(os.getpid).values()
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "cluster"))
+    script = importlib.import_module("dask_study")
+    sys.path.pop(0)
+    close(files.load(script.main(client.scheduler.address, tmp_path, CONFIG)), whole)
+    assert not (tmp_path / "study.chunks").exists()
 
 
 def start(folder, environment, *, number, of, port, delay):
