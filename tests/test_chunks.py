@@ -34,6 +34,41 @@ def test_chunks_are_as_large_as_half_of_what_is_allowed_or_as_one_point(num_poin
     assert 4 * size >= min(most, num_points * num_seeds)  # half of the points, and half of what the seeds leave of `most`
 
 
+class Jobs:
+    """An engine with futures of its own, as submitit's; the last submitted is done first."""
+
+    def __init__(self):
+        self.waiting = []
+
+    def submit(self, fn, *args):
+        self.waiting.append(Job(self, fn, args))
+        return self.waiting[-1]
+
+
+class Job:
+    def __init__(self, engine, fn, args):
+        self.engine, self.call = engine, (fn, args)
+
+    def done(self):
+        return self.engine.waiting[-1] is self
+
+    def result(self):
+        assert self.engine.waiting.pop() is self
+        fn, args = self.call
+        return fn(*args)
+
+    def cancel(self):
+        self.engine.waiting.remove(self)
+
+
+def test_an_engine_with_futures_of_its_own():
+    done, error = collect(Jobs(), lambda chunk: chunk.points[0])
+    assert error is None
+    assert list(done) == CHUNKS[::-1]
+    done, _ = collect(Jobs(), lambda chunk: chunk, stopping=lambda: True)
+    assert list(done) == CHUNKS[-1:]
+
+
 def test_a_chunk_of_nothing_is_an_error():
     with pytest.raises(ValueError, match="a chunk of 0 cases, expected at least 1"):
         make_plan(3, 4, 0)

@@ -9,6 +9,7 @@ each either some points with all their seeds or some seeds of one point. The dra
 """
 
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent import futures
 from typing import Any, NamedTuple
@@ -104,7 +105,7 @@ def carry_out(
     measure: Callable[[Chunk], Any],
     commit: Callable[[Chunk, Any], None],
     *,
-    executor: futures.Executor | None = None,
+    executor: Any = None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> None:
     """Measures chunks and commits each as soon as it is finished, here or wherever `executor` runs functions.
@@ -116,7 +117,8 @@ def carry_out(
       chunks: what to do, in this order.
       measure: chunk -> result. With an executor that leaves the process it must be picklable, as its result.
       commit: called here, with a chunk and its result.
-      executor: anything with the `submit` of `concurrent.futures.Executor`. None: here, one by one.
+      executor: anything with the `submit` of `concurrent.futures.Executor`, whose futures have `result`, `done` and `cancel`. None:
+        here, one by one.
       stopping: asked between chunks. Once true, those in flight are finished and committed, and the others left.
     Raises:
       Whatever `measure` and `commit` raise, once those in flight have been committed or have failed too.
@@ -128,21 +130,32 @@ def carry_out(
             commit(chunk, measure(chunk))
         return
     pending = {executor.submit(measure, chunk): chunk for chunk in chunks}
-    failed: BaseException | None = None
+    finished, stopped, failed = _as_finished(list(pending)), False, None
     try:
-        for done in futures.as_completed(list(pending)):
-            chunk = pending.pop(done)
-            if done.cancelled():
-                continue
+        while pending:
+            done = next(finished)
             try:
-                commit(chunk, done.result())
+                commit(pending.pop(done), done.result())
             except Exception as error:
                 failed = failed or error
-            if failed or stopping():
-                for other in pending:
-                    other.cancel()
+            if not stopped and (failed or stopping()):
+                stopped = True
+                pending = {other: chunk for other, chunk in pending.items() if other.cancel() is False}  # those in flight
+                finished = _as_finished(list(pending))
     finally:
-        for other in pending:  # a second Ctrl-C: what is in flight is dropped
+        for other in pending:  # a second Ctrl-C drops what is in flight
             other.cancel()
     if failed:
         raise failed
+
+
+def _as_finished(pending):
+    """Yields each when it is finished: `futures.as_completed`, or asking now and then where an engine has futures of its own."""
+    if all(isinstance(future, futures.Future) for future in pending):
+        yield from futures.as_completed(pending)
+        return
+    while pending:
+        for future in [future for future in pending if future.done()]:
+            pending.remove(future)
+            yield future
+        time.sleep(0.05)

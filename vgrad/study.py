@@ -16,7 +16,6 @@ import hashlib
 import math
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Executor
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -123,7 +122,7 @@ def run(
     *,
     on_progress: Callable[[Progress], None] = lambda progress: None,
     mesh=None,
-    executor: Executor | None = None,
+    executor: Any = None,
     store: Store | None = None,
     resume: bool = False,
     stopping: Callable[[], bool] = lambda: False,
