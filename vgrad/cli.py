@@ -152,19 +152,19 @@ def _bar(quiet, mesh):
 
     with tqdm(unit=" networks", smoothing=0, disable=True if quiet else None) as bar:
         peak = 0.0 if bar.disable else cost.peak(mesh)
-        start = None
+        first = None
 
         def on_progress(progress):
-            nonlocal start
-            if start is None:
-                bar.total, bar.initial, bar.n = progress.total, progress.kept, progress.kept
-                bar.start_t = time.time()
+            nonlocal first
             bar.set_description(progress.what, refresh=False)
-            if start and peak:  # counted from the first chunk on, which had to be compiled
-                share = (progress.flops - start[1]) / (time.perf_counter() - start[0]) / peak
+            if not progress.done:
+                bar.reset(progress.total)
+                bar.initial = bar.n = progress.kept
+            elif first is None:  # it had to be compiled: the share is counted from here on
+                first = time.perf_counter(), progress.flops
+            elif peak:
+                share = (progress.flops - first[1]) / (time.perf_counter() - first[0]) / peak
                 bar.set_postfix_str(f"{share:.0%} of the product peak", refresh=False)
-            elif progress.done:
-                start = time.perf_counter(), progress.flops
             bar.update(progress.done + progress.kept - bar.n)
 
         yield on_progress

@@ -106,7 +106,7 @@ class Progress(NamedTuple):
       done: networks measured since it was started.
       kept: networks found finished in the store.
       total: networks to measure in all.
-      what: the activation that comes next.
+      what: the activation at work.
       flops: in the matrix products of those done, as `vgrad.cost` counts them.
     """
 

@@ -1,6 +1,6 @@
 """Faults done to the real command in real processes: minutes, so not part of the suite. `make faults`, or one by name:
 
-    python tests/faults/run.py [kill] [signals] [two_runs] [disk_full]
+    python tests/faults/run.py [kill] [signals] [two_runs] [distributed] [disk_full]
 
 Every one ends with a study that is finished by --resume and equals, bit for bit, one that nobody disturbed. `disk_full` mounts a
 small tmpfs and so needs root.
@@ -11,6 +11,7 @@ import hashlib
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -120,6 +121,25 @@ def two_runs(scratch: Path) -> None:
     print("two_runs: the second was refused, and went on once the first was killed")
 
 
+def distributed(scratch: Path) -> None:
+    """Four processes of one study. The first, where they met, gets kill -9, and the second SIGTERM; the others end in peace."""
+    finish(study(scratch / "whole", seeds=400), 0)
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        meet = ["--distributed", "--coordinator", f"127.0.0.1:{s.getsockname()[1]}", "--num-processes", "4", "--process-id"]
+    processes = [study(scratch / "shared", *meet, str(i), seeds=400) for i in range(4)]
+    committed(scratch / "shared", 8, processes[0])
+    processes[0].kill()
+    processes[1].terminate()
+    for process, code in zip(processes, (-9, 143, 0, 0), strict=True):
+        finish(process, code)
+    kept = chunks(scratch / "shared")
+    assert 100 <= len(kept) < 200
+    finish(study(scratch / "shared", "--resume", seeds=400), 0)
+    same(scratch / "shared", scratch / "whole")
+    print(f"distributed: two of four processes ended early, the others with exit code 0; {len(kept)} of 200 chunks were there")
+
+
 def disk_full(scratch: Path) -> None:
     """A file system of 256 KiB, later of 64 MiB."""
     if os.geteuid() != 0:
@@ -143,7 +163,7 @@ def disk_full(scratch: Path) -> None:
 
 def main(names: list[str]) -> None:
     """All faults, or those named."""
-    for fault in (kill, signals, two_runs, disk_full):
+    for fault in (kill, signals, two_runs, distributed, disk_full):
         if not names or fault.__name__ in names:
             with contextlib.ExitStack() as stack:
                 fault(Path(stack.enter_context(tempfile.TemporaryDirectory())))
