@@ -20,11 +20,11 @@ LEVELS = [
     [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots", "chunks", "cost", "study_table"}, {"chunkstore", "task"}, {"study"}, {"cli"}],
+    [{"data", "store", "plots", "chunks", "cost", "study_table"}, {"chunkstore", "progress", "task"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data", "chunks", "chunkstore", "cost", "task", "study_table"}
+EDGE = {"study", "store", "plots", "cli", "data", "chunks", "chunkstore", "cost", "progress", "task", "study_table"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

@@ -281,6 +281,31 @@ def test_processes_of_one_distributed_run_share_the_store_and_the_last_has_the_r
     assert len(list(tmp_path.glob("*.npz"))) == NUM_CHUNKS
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_in_a_distributed_run_is_no_success(times, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_roll_call", lambda *_: (0, 2))
+    monkeypatch.setattr(cli, "_all_devices", lambda: None)
+    measure = study.measure
+
+    def disturbed(*args, **options):
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure(*args, **options)
+
+    monkeypatch.setattr(study, "measure", disturbed)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["study", *OPTIONS.split(), "--distributed", "--out", str(tmp_path)])
+    assert stopped.value.code == 130
+    assert "the same command with --resume goes on" in "".join(capsys.readouterr())
+    assert len(list(tmp_path.glob("study.chunks/*.npz"))) == 2 - times
+
+
+def test_a_study_that_never_began_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="did you mean"):
+        run(tmp_path / "store", CONFIG.__class__(phi=("tahn",)))
+    assert list(tmp_path.iterdir()) == []
+
+
 OPTIONS = "--phi sigmoid relu --init xavier he --depths 2 3 5 --num-seeds 5 --width 8 --batch 4 --chunk 3 --quiet --no-cache"
 
 
@@ -308,6 +333,7 @@ def test_a_signal_stops_the_command_and_says_how_to_go_on(signals, code, kept, t
     assert stopped.value.code == code
     assert handlers == [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     assert "the same command with --resume goes on" in capsys.readouterr().out
+    assert (tmp_path / "study-partial.nc").exists() == (code == 130)
     assert len(list((tmp_path / "study.chunks").glob("*.npz"))) == kept
     monkeypatch.setattr(task, "sweep", sweep)
     cli.main(["study", *OPTIONS.split(), "--resume", "--out", str(tmp_path)])
@@ -384,7 +410,7 @@ def test_threads_are_an_executor_and_a_mesh_is_none_of_its_business(tmp_path, wh
 
 def test_a_large_study_is_gathered_on_the_disk(tmp_path, whole, monkeypatch):
     made = []
-    monkeypatch.setattr(np, "prod", lambda *a, **k: made.append(1) or 2.0**40)
+    monkeypatch.setattr(np, "prod", lambda *a, **k: made.append(1) or 2.0**30 / 8)
     dataset = run(tmp_path)
     assert made
     assert isinstance(dataset.log_delta.values.base.base, np.memmap) or isinstance(dataset.log_delta.values.base, np.memmap)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["Chunk", "Memory", "Plan", "carry_out", "chunks_of", "make_plan", "num_cases"]
+__all__ = ["Chunk", "Memory", "Plan", "Progress", "carry_out", "chunks_of", "make_plan", "num_cases"]
 
 
 class Chunk(NamedTuple):
@@ -38,6 +38,24 @@ class Plan(NamedTuple):
     num_seeds: int
     points_at_once: int
     seeds_at_once: int
+
+
+class Progress(NamedTuple):
+    """How far a study is. Of a distributed run: this process's share.
+
+    Attributes:
+      done: networks measured since it was started.
+      kept: networks found finished in the store.
+      total: networks to measure in all.
+      what: the activation at work.
+      flops: in the matrix products of those done, as `vgrad.cost` counts them.
+    """
+
+    done: int
+    kept: int
+    total: int
+    what: str
+    flops: float
 
 
 def make_plan(num_points: int, num_seeds: int, most: int) -> Plan:
@@ -70,7 +88,9 @@ def num_cases(chunks: Iterable[Chunk]) -> int:
 
 
 class Memory:
-    """Chunks kept in this process alone: what `Store` is, without a folder."""
+    """Chunks kept in this process alone, with the functions of `vgrad.chunkstore.Store`."""
+
+    member, num_members = 0, 1
 
     def __init__(self):
         self._chunks: dict[Chunk, dict[str, np.ndarray]] = {}
@@ -94,6 +114,10 @@ class Memory:
     def read(self, chunk: Chunk) -> dict[str, np.ndarray]:
         """The arrays of a finished chunk."""
         return self._chunks[chunk]
+
+    def last_to_finish(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether all chunks are there."""
+        return not self.missing(chunks)
 
     def empty(self, shape, dtype) -> np.ndarray:
         """An array to gather chunks in."""

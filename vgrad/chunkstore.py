@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from vgrad.chunks import Chunk, Memory, Plan
+from vgrad.chunks import Chunk, Plan
 
 try:
     import fcntl
@@ -40,7 +40,7 @@ class Damaged(ValueError):
     """A chunk whose checksum is wrong, or that belongs to another study. The message names its file."""
 
 
-class Store(Memory):
+class Store:
     """Chunks in a folder, for one run, or for the processes of one distributed run, at a time. A context manager.
 
     The kernel holds the lock (flock) and lets go of it however the process ends, so nothing has to be found out from process
@@ -59,7 +59,6 @@ class Store(Memory):
         self._held = contextlib.ExitStack()
 
     def __enter__(self) -> "Store":
-        self.folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as held:
             if self.num_members > 1:
                 self._lock(held, ".lock", shared=True)
@@ -73,6 +72,8 @@ class Store(Memory):
         return self
 
     def __exit__(self, *_) -> None:
+        if not self._plan.exists():  # nothing was begun, or all is done
+            self.remove()
         self._held.close()
 
     def begin(self, identity: Mapping[str, Any], plan: Plan, *, resume: bool, fixed: bool) -> Plan:
@@ -152,22 +153,32 @@ class Store(Memory):
 
     def empty(self, shape, dtype) -> np.ndarray:
         """An array to gather chunks in; from 1 GiB on a nameless file in the folder, so that a study may exceed the memory."""
-        if np.prod(shape, dtype=float) * np.dtype(dtype).itemsize < 2**30:
+        size = np.prod(shape, dtype=float) * np.dtype(dtype).itemsize
+        if size < 2**30:
             return np.empty(shape, dtype)
-        with tempfile.TemporaryFile(dir=self.folder) as file:  # the map keeps what it is of
-            return np.memmap(file, dtype, "w+", shape=shape)
+        try:
+            with tempfile.TemporaryFile(dir=self.folder) as file:  # the map keeps what it is of
+                if hasattr(os, "posix_fallocate"):  # a full disk is an error now, or a fatal signal later
+                    os.posix_fallocate(file.fileno(), 0, int(size))
+                return np.memmap(file, dtype, "w+", shape=shape)
+        except OSError as error:
+            raise _no_room(f"gather the results in {self.folder}", error) from error
 
-    def last_to_finish(self) -> None:
-        """Waits until no other process of a distributed run looks for missing chunks or gathers them, and keeps the others out."""
+    def last_to_finish(self, chunks: Iterable[Chunk]) -> bool:
+        """Whether all chunks are there, and gathering them is up to this process of a distributed run.
+
+        Waits for a process that is just asking or gathering, and keeps the others out until this store is closed.
+        """
         if self.num_members > 1:
             self._lock(self._held, ".finish", wait=True)
+        return self._plan.exists() and not self.missing(chunks)
 
     def remove(self) -> None:
         """Removes what the store holds, the plan first: should this be cut short, the rest counts as leftovers."""
         self._plan.unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):
+            for path in self.folder.iterdir():
+                path.unlink(missing_ok=True)
             self.folder.rmdir()
 
     def _path(self, chunk):
@@ -194,10 +205,7 @@ class Store(Memory):
             beside.replace(path)
             _sync_folder(path.parent)
         except OSError as error:
-            reason = error.strerror or str(error)
-            raise OSError(
-                error.errno, f"cannot write {path}: {reason}. Nothing finished is lost: make room, and go on with --resume"
-            ) from error
+            raise _no_room(f"write {path}", error) from error
         finally:
             with contextlib.suppress(OSError):
                 beside.unlink(missing_ok=True)
@@ -206,6 +214,7 @@ class Store(Memory):
         """Locks a file of the folder until `held` closes."""
         path, mine = self.folder / name, f"process {os.getpid()} on {socket.gethostname()}"
         while True:
+            self.folder.mkdir(parents=True, exist_ok=True)
             file = held.enter_context(open(path, "a+"))  # noqa: SIM115
             try:
                 if fcntl is not None:
@@ -220,10 +229,14 @@ class Store(Memory):
                 warnings.warn(message, stacklevel=4)
             if path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno())):
                 break  # else its owner removed the store while we waited
-            self.folder.mkdir(parents=True, exist_ok=True)
         file.truncate(0)
         file.write(mine)
         file.flush()
+
+
+def _no_room(what, error):
+    reason = error.strerror or str(error)
+    return OSError(error.errno, f"cannot {what}: {reason}. Nothing finished is lost: make room, and go on with --resume")
 
 
 def _sync_folder(path):

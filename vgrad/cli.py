@@ -12,7 +12,6 @@ import os
 import platform
 import signal
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +20,7 @@ import jax
 import numpy as np
 import tyro
 
-from vgrad import chunkstore, cost, store
+from vgrad import chunkstore, progress, store
 from vgrad import study as studies
 
 __all__ = ["main"]
@@ -62,18 +61,25 @@ def _study(
     mesh = _all_devices()
     folder, again = config.out / "study.chunks", "the same command with --resume goes on"
     with chunkstore.Store(folder, member=member, num_members=members) as kept, _stop_on_signals() as caught, _plain_warnings():
-        with _bar(quiet or member > 0, mesh) as on_progress:
+
+        def stopping():
+            if signal.SIGTERM in caught:  # there may be little time: nothing is gathered
+                print(f"\nTerminated. What is finished is in {folder}; {again}.", flush=True)
+                sys.exit(128 + signal.SIGTERM)
+            return bool(caught)
+
+        with progress.bar(mesh, quiet=quiet or member > 0) as on_progress:
             dataset = studies.run(
                 config,
                 on_progress=on_progress,
                 mesh=mesh,
                 store=kept,
                 resume=resume or distributed,
-                stopping=lambda: bool(caught),
+                stopping=stopping,
             )
-        if signal.SIGTERM in caught:  # there may be little time
-            print(f"\nTerminated. What is finished is in {folder}; {again}.", flush=True)
-            sys.exit(128 + signal.SIGTERM)
+        if dataset is None and caught:
+            print(f"\nInterrupted. What is finished is in {folder}; {again}.")
+            sys.exit(128 + signal.SIGINT)
         if dataset is None:
             print(f"\nProcess {member} of {members} has done its share. The last one writes the results; should one fail, {again}.")
             return
@@ -123,8 +129,9 @@ def _roll_call(coordinator, num_processes, process_id):
 
 def _one_device_per_core():
     """On CPU as many virtual devices as cores, which beats one device with a thread per core."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those we are allowed
     with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+        jax.config.update("jax_num_cpu_devices", cores or 1)
 
 
 def _all_devices():
@@ -143,31 +150,6 @@ def _keep_compiled():
         base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(base / "vgrad" / hashlib.sha256(processor.encode()).hexdigest()[:12]))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-@contextlib.contextmanager
-def _bar(quiet, mesh):
-    """A progress bar in a terminal or a notebook: networks per second, share of the matrix-product peak, time left."""
-    from tqdm.auto import tqdm
-
-    with tqdm(unit=" networks", smoothing=0, disable=True if quiet else None) as bar:
-        peak = 0.0 if bar.disable else cost.peak(mesh)
-        first = None
-
-        def on_progress(progress):
-            nonlocal first
-            bar.set_description(progress.what, refresh=False)
-            if not progress.done:
-                bar.reset(progress.total)
-                bar.initial = bar.n = progress.kept
-            elif first is None:  # it had to be compiled: the share is counted from here on
-                first = time.perf_counter(), progress.flops
-            elif peak:
-                share = (progress.flops - first[1]) / (time.perf_counter() - first[0]) / peak
-                bar.set_postfix_str(f"{share:.0%} of the product peak", refresh=False)
-            bar.update(progress.done + progress.kept - bar.n)
-
-        yield on_progress
 
 
 @contextlib.contextmanager

@@ -72,11 +72,15 @@ def device_bytes(device=None) -> float:
     stats = device.memory_stats()
     if stats and "bytes_limit" in stats:
         return float(stats["bytes_limit"])
+    return _host_bytes() / jax.local_device_count()
+
+
+def _host_bytes():
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         with contextlib.suppress(OSError, ValueError):  # no such limit, or "max"
             total = min(total, int(Path(limit).read_text()))
-    return total / jax.local_device_count()
+    return float(total)
 
 
 def batch_size(shape: Shape, device=None) -> int | None:
@@ -89,9 +93,8 @@ def at_once(shape: Shape, device=None) -> int:
     """Cases per chunk: some seconds of work, so that little is lost with a chunk, and results within a quarter of the memory."""
     device, num_devices = device or jax.local_devices()[0], jax.local_device_count()
     work = (1e11 if device.platform == "cpu" else 5e13) * num_devices / flops(shape)
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    most = min(work, 0.25 * host / result_bytes(shape), 0.25 * num_devices * device_bytes(device) / (10 * 4 * _cells(shape)))
-    return max(1, int(most / num_devices)) * num_devices
+    on_host, on_devices = _host_bytes() / result_bytes(shape), num_devices * device_bytes(device) / (10 * 4 * _cells(shape))
+    return max(1, int(min(work, on_host / 4, on_devices / 4) / num_devices)) * num_devices
 
 
 def _cells(shape):

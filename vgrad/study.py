@@ -28,7 +28,7 @@ from vgrad import cost, data, initializers
 from vgrad import store as files
 from vgrad.activations import get
 from vgrad.base import Profile
-from vgrad.chunks import Chunk, Memory, carry_out, chunks_of, make_plan, num_cases
+from vgrad.chunks import Chunk, Memory, Progress, carry_out, chunks_of, make_plan, num_cases
 from vgrad.chunkstore import Store
 from vgrad.network import mlp
 from vgrad.profile import check_depths
@@ -99,24 +99,6 @@ def scheme(name: str, phi: str) -> Scheme:
     return Scheme(weights, float(sigma_w))
 
 
-class Progress(NamedTuple):
-    """How far a study is. Of a distributed run: this process's share.
-
-    Attributes:
-      done: networks measured since it was started.
-      kept: networks found finished in the store.
-      total: networks to measure in all.
-      what: the activation at work.
-      flops: in the matrix products of those done, as `vgrad.cost` counts them.
-    """
-
-    done: int
-    kept: int
-    total: int
-    what: str
-    flops: float
-
-
 def run(
     config: Config,
     *,
@@ -127,7 +109,7 @@ def run(
     resume: bool = False,
     stopping: Callable[[], bool] = lambda: False,
 ) -> "xarray.Dataset | None":
-    """Measures all combinations. On Ctrl-C returns what is there, with attribute `complete` 0 and NaN for the rest.
+    """Measures all combinations. Stopped by Ctrl-C it returns what is there, with attribute `complete` 0 and NaN for the rest.
 
     Args:
       config: what to measure.
@@ -152,7 +134,8 @@ def run(
     task, kept_in = _task(config, source), store or Memory()
     plan = kept_in.begin(_identity(config, source, task), task.plan, resume=resume, fixed=config.chunk is not None)
     task, chunks = task._replace(plan=plan), chunks_of(plan)
-    ours = chunks if store is None else chunks[store.member :: store.num_members]
+    shared = kept_in.num_members > 1
+    ours = chunks[kept_in.member :: kept_in.num_members]
     for message in kept_in.discard_damaged(ours):
         warnings.warn(message, stacklevel=2)
     todo = kept_in.missing(ours)
@@ -177,11 +160,10 @@ def run(
         report(_phi_of(task, todo[0]) if todo else "")
         carry_out(todo, here if executor is None else partial(measure, task), commit, executor=executor, stopping=stopping)
     except KeyboardInterrupt:
-        pass
-    if store is not None and store.num_members > 1:
-        store.last_to_finish()
-        if store.missing(chunks):
-            return None
+        if shared:
+            raise
+    if shared and not kept_in.last_to_finish(chunks):
+        return None
     return _assembled(config, source, task, kept_in)
 
 

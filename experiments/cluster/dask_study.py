@@ -10,9 +10,8 @@ import sys
 from pathlib import Path
 
 from distributed import Client, LocalCluster
-from tqdm.auto import tqdm
 
-from vgrad import store, study
+from vgrad import progress, store, study
 from vgrad.chunkstore import Store
 
 CONFIG = study.Config(chunk=32)
@@ -21,13 +20,9 @@ CONFIG = study.Config(chunk=32)
 def main(address: str | None = None, folder: Path = Path("results/dask"), config: study.Config = CONFIG) -> Path:
     """Measures the study and writes it into the folder."""
     store.check_writable(folder)
-    with Client(address or LocalCluster(2, threads_per_worker=1)) as client, Store(folder / "study.chunks") as kept, tqdm() as bar:
-
-        def on_progress(progress):
-            bar.total = progress.total
-            bar.update(progress.done + progress.kept - bar.n)
-
-        dataset = study.run(config, executor=client.get_executor(), store=kept, resume=True, on_progress=on_progress)
+    with Client(address or LocalCluster(2, threads_per_worker=1)) as client, Store(folder / "study.chunks") as kept:
+        with progress.bar() as on_progress:
+            dataset = study.run(config, executor=client.get_executor(), store=kept, resume=True, on_progress=on_progress)
         path = store.save(dataset, folder / "study.nc")
         if dataset.attrs["complete"]:
             kept.remove()
