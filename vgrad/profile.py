@@ -8,8 +8,8 @@ pass carries one cotangent **lane** per depth,
 and because all lanes meet the same weights at layer l, they make one large matrix product. After every layer each lane is divided
 by a power of two that an integer exponent keeps (see `vgrad.scaled`): exact, at any depth.
 
-Lanes are laid out as [B, D, N]: c @ W^T is then a plain two-dimensional product of [B D, N] with [N, N]. A few static **segments**
-of growing lane count avoid most of the work on lanes that have not entered yet.
+Lanes are laid out as [B, G, N]: c @ W^T is then a plain two-dimensional product of [B G, N] with [N, N]. They go down in small
+**groups** of neighbouring depths: one compiled loop serves all groups, few lanes run idle, and a group stays in the cache.
 """
 
 import itertools
@@ -118,16 +118,23 @@ def read(net: Network, params: Params, batch: tuple[Array, Any], *, loss: Callab
     z, embed_vjp = _linearise(net.embed, params.embed, lift(x))
     above, kept, vjp_of = _forward(net.block, hidden, z)
     states = jax.tree.map(lambda first, rest: jnp.concatenate([first[None], rest]), z, above)  # z_1 .. z_{L-1}
-    lanes, top, z_top = jax.vmap(
-        lambda z: _readout(net, params.readout, z, lambda y: loss(net.output(y), t)), out_axes=(_LANE, 0, 0)
-    )(jax.tree.map(lambda s: s[entries], states))
-    lanes, below = _backward(lanes, entries, hidden, kept, vjp_of, _segments(depths - 2) if static else [(0, num_hidden, 1)])
-    _, first = jax.vmap(embed_vjp, in_axes=1)(lanes.c)
 
-    # One row per layer, [D, L, 5, 2]; in row d of the network of depth d stands its readout.
-    rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
+    def group(entries):
+        """The norms [G, L, 5, 2] of a few networks, and of their z_L [G, 2]."""
+        readout = lambda z: _readout(net, params.readout, z, lambda y: loss(net.output(y), t))  # noqa: E731
+        lanes, top, z_top = jax.vmap(readout, out_axes=(_LANE, 0, 0))(jax.tree.map(lambda s: s[entries], states))
+        lanes, below = _backward(lanes, entries, hidden, kept, vjp_of)
+        _, first = jax.vmap(embed_vjp, in_axes=1)(lanes.c)
+        # One row per layer; in row d of the network of depth d stands its readout.
+        rows = jnp.concatenate([_carry(first, lanes.e)[None], below, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
+        is_top = jnp.arange(num_hidden + 2, dtype=jnp.int32)[None] == entries[:, None] + 1
+        return jnp.where(is_top[:, :, None, None], top[:, None], rows), z_top
+
+    num, size = entries.shape[0], _group_size(depths - 2, z.m.size) if static else 1
+    # Groups are cut from the deepest down; what is missing from the last is made up by copies of the shallowest.
+    norms, z_top = lax.map(group, jnp.pad(entries, (-num % size, 0), mode="edge").reshape(-1, size))
+    norms, z_top = (a.reshape(-1, *a.shape[2:])[-num:] for a in (norms, z_top))
     is_top = jnp.arange(num_hidden + 2, dtype=jnp.int32)[None] == entries[:, None] + 1
-    norms = jnp.where(is_top[:, :, None, None], top[:, None], rows)
     delta, grad_w, grad_b, delta_in, h_in = (tidy(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1])) for i in range(5))
     # h_l is the input of layer l + 1; at the last layer stands z_L.
     h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
@@ -241,54 +248,38 @@ def _norm(x):
     return norm(Scaled(x, jnp.zeros((), jnp.int32)))
 
 
-def _segments(entries: np.ndarray) -> list[tuple[int, int, int]]:
-    """Cuts the hidden layers into runs (lo, hi, lanes), top first, so that as few lanes as possible run idle.
+def _group_size(entries: np.ndarray, lane: int) -> int:
+    """How many lanes, of so many entries each, go down together.
 
-    Each run is compiled apart, so there is one more only where it saves a twentieth of the work, and at most one per eight layers.
+    A group walks from its deepest entry, so a larger one has more idle lanes and a smaller one more steps. On CPU it should also
+    stay in the cache: there a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator
+    is idle below millions.
     """
-    cuts = [0, *(int(e) for e in entries if e > 0)]
-    n, most = len(cuts) - 1, max(1, min(8, cuts[-1] // 8))
-    if not n:
-        return []
-    cost = lambda i, j: (cuts[j] - cuts[i]) * (n - i)  # noqa: E731  # layers times lanes of a run from cut i to cut j
-    best = [(0, [])] + [(cost(0, j), [0]) for j in range(1, n + 1)]  # for cuts[0..j]: least cost, and where its runs start
-    for _ in range(min(most, n) - 1):
-        more = [min([best[j], *((best[i][0] + cost(i, j), [*best[i][1], i]) for i in range(1, j))]) for j in range(n + 1)]
-        if more[n][0] > 0.95 * best[n][0]:
-            break
-        best = more
-    starts = best[n][1]
-    return [(cuts[i], cuts[j], n - i) for i, j in zip(starts, [*starts[1:], n], strict=True)][::-1]
+    step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
+    cost = lambda size: (step + size * lane) * sum(entries[::-1][::size] + 1)  # noqa: E731
+    return min(range(1, max(1, min(len(entries), most // lane)) + 1), key=cost)
 
 
-def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of, segments):
-    """Takes the lanes down to z_1. Returns them there, and the norms [num_hidden, D, 5, 2] read on the way, by layer upwards."""
-    # Deepest first, so that the lanes of a segment are the first few and new ones are appended.
-    waiting, entry = _Lanes(lanes.c[:, ::-1], lanes.e[::-1]), entries[::-1]
-    num, batch, width = entry.shape[0], *lanes.c.shape[::2]
-    c, e, read = lanes.c[:, :0], lanes.e[:0], [jnp.zeros((0, num, 5, 2), lanes.c.dtype)]
-    for lo, hi, active in segments:
-        c = jnp.concatenate([c, jnp.zeros((batch, active - c.shape[1], width), c.dtype)], axis=1)
-        e = jnp.concatenate([e, jnp.zeros(active - e.shape[0], e.dtype)])
+def _backward(lanes: _Lanes, entries, hidden, kept, vjp_of):
+    """Takes lanes down to z_1. Returns them there, and the norms [num_hidden, G, 5, 2] read on the way; zero above the deepest."""
+    num_hidden, top = jax.tree.leaves(hidden)[0].shape[0], jnp.max(entries)
+    read = jnp.zeros((num_hidden, entries.shape[0], 5, 2), lanes.c.dtype)
+    if not num_hidden:  # nothing to index, not even in a loop of no steps
+        return lanes, read
 
-        def admit(c, e, l, active=active):
-            """The lanes below layer l, with the one network in its place whose readout stands there."""
-            enters = entry[:active] == l
-            i = jnp.argmax(enters)
-            return _Lanes(jnp.where(enters[None, :, None], waiting.c[:, i, None], c), jnp.where(enters, waiting.e[i], e))
+    def admit(c, e, l):
+        """The lanes below layer l, with the network in its place whose readout stands there."""
+        enters = entries == l
+        return _Lanes(jnp.where(enters[None, :, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
-        def step(lanes, l, admit=admit):
-            c, e = lanes
-            vjp = vjp_of(*jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), (hidden, kept)))
-            c, norms = jax.vmap(vjp, in_axes=1, out_axes=(1, 0))(c)
-            # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-            by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
-            return admit(scale(c, -by), e + by[0, :, 0], l), _carry(norms, e)
+    def step(i, state):
+        (c, e), read = state
+        l = top - 1 - i
+        vjp = vjp_of(*jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), (hidden, kept)))
+        c, norms = jax.vmap(vjp, in_axes=1, out_axes=(1, 0))(c)
+        # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
+        by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
+        read = lax.dynamic_update_index_in_dim(read, _carry(norms, e), l, 0)
+        return admit(scale(c, -by), e + by[0, :, 0], l), read
 
-        (c, e), norms = lax.scan(step, admit(c, e, hi), jnp.arange(lo, hi, dtype=jnp.int32), reverse=True)
-        read.append(jnp.pad(norms, ((0, 0), (0, num - active), (0, 0), (0, 0))))
-    idle = jnp.zeros((batch, num - c.shape[1], width), c.dtype)
-    at_z1 = entry == 0  # a network of depth 2 has no hidden layer to walk
-    c = jnp.where(at_z1[None, :, None], waiting.c, jnp.concatenate([c, idle], axis=1))
-    e = jnp.where(at_z1, waiting.e, jnp.concatenate([e, jnp.zeros(num - e.shape[0], e.dtype)]))
-    return _Lanes(c[:, ::-1], e[::-1]), jnp.concatenate(read[::-1])[:, ::-1]
+    return lax.fori_loop(0, top, step, (admit(jnp.zeros_like(lanes.c), jnp.zeros_like(lanes.e), top), read))
