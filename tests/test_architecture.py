@@ -17,13 +17,16 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
-    [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
+    [
+        {"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"},
+        {"lanes"}, {"backprop", "profile", "jacobian"},
+    ],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
     [{"data", "store", "plots"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
-MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
+MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "sweep"}
 EDGE = {"study", "store", "plots", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
