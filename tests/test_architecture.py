@@ -21,12 +21,12 @@ LEVELS = [
         {"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"},
         {"lanes"}, {"backprop", "profile", "jacobian"},
     ],
-    [{"fit", "sweep"}],
+    [{"fit", "sweep"}, {"reduction"}],
     [{"diagnose", "monitor", "testing", "repair"}],
     [{"data", "store", "plots"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
-MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "sweep"}
+MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
 EDGE = {"study", "store", "plots", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}

@@ -4,9 +4,11 @@ from vgrad import activations, backprop, finite_width, fit, gaussian, initialize
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
+from vgrad.reduction import sweep_statistics
 from vgrad.sweep import sweep
 
 __all__ = [
     "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop",
     "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp", "profile", "stack", "sweep",
+    "sweep_statistics",
 ]  # fmt: skip
