@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help study test check bench figures clean
+.PHONY: help study test check bench bench-million figures clean
 
 help:
 	@echo "make study   measure the decay of gradients on real data: table, labelled data, pictures (results/)"
 	@echo "make test    the test-suite"
 	@echo "make check   ruff, the type checker, then the suite"
 	@echo "make bench   the benchmarks (minutes)"
+	@echo "make bench-million   a million networks; on CPU a fraction of them"
 	@echo "make figures the study again, and from it what docs/ shows"
 
 .venv/bin/python:
@@ -36,6 +37,10 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+
+# On CPU a stated fraction of it, extrapolated.
+bench-million: .venv/.test
+	$(BIN)/python experiments/benchmarks/million.py
 
 # What docs/ shows, from the code and a default study.
 figures: study

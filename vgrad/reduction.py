@@ -37,7 +37,7 @@ FEW = 10  # effective networks
 class Statistics(NamedTuple):
     """Statistics over seeds of a sweep. Every field is a `Profile` whose fields are arrays [P, D, L], or `Estimate`s of such.
 
-    NaN past a network's last layer. Networks whose reading is NaN are left out and counted; those of exactly zero are counted.
+    NaN past a network's last layer. Networks whose reading is NaN (or inf, of a gain from exactly zero) are left out and counted.
 
     Attributes:
       num: how many networks have a reading, zeros included.
@@ -169,8 +169,8 @@ def _tally(readings, num_seeds, shape, bins: _Bins) -> _Tally:
         _relative(top, bottom, reference)
         for (top, bottom), reference in zip(_fields(readings, num_seeds, shape), bins.reference, strict=True)
     ])  # fmt: skip
-    nan, zero = jnp.isnan(x), jnp.isneginf(x)
-    good = ~(nan | zero)
+    zero, good = jnp.isneginf(x), jnp.isfinite(x)
+    nan = ~(zero | good)
     count = lambda which: jnp.sum(which, axis=2).astype(x.dtype)  # noqa: E731
     total = lambda v: jnp.sum(jnp.where(good, v, 0), axis=2)  # noqa: E731
     mean = total(x) / jnp.maximum(count(good), 1)
