@@ -23,11 +23,11 @@ LEVELS = [
     ],
     [{"fit", "sweep"}, {"reduction"}],
     [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots"}, {"study"}, {"cli"}],
+    [{"data", "store", "plots", "chunks", "cost", "study_table"}, {"chunkstore", "task"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
 MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data"}
+EDGE = {"study", "store", "plots", "cli", "data", "chunks", "chunkstore", "cost", "task", "study_table"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

@@ -12,7 +12,7 @@ import pytest
 import xarray
 
 import vgrad
-from vgrad import cli, data, losses, plots, store, study
+from vgrad import cli, data, losses, plots, store, study, task
 from vgrad.study import Config
 
 SMALL = Config(
@@ -108,10 +108,11 @@ def test_decimal(ln, shown):
         (dict(batch=0), ValueError, "batch size is 0"),
         (dict(batch=10_000), ValueError, "batch size is 10000"),
         (dict(sigma_b=-1.0), ValueError, "sigma_b is -1.0"),
+        (dict(chunk=0), ValueError, "a chunk of 0 cases, expected at least 1"),
     ],
 )
 def test_bad_configurations_are_found_before_anything_is_computed(change, error, message):
-    def no_progress(done, what):
+    def no_progress(progress):
         raise AssertionError("it began")
 
     with pytest.raises(error, match=message):
@@ -124,7 +125,7 @@ def test_bad_configurations_are_found_before_anything_is_computed(change, error,
 def test_study_writes_and_plot_draws_again(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cli, "_all_devices", lambda: None)
     options = "--phi sigmoid relu --init xavier uniform_recipe orthogonal:1.5 --depths 2 5 9 --num-seeds 3 --width 24 --batch 16"
-    cli.main(["study", *options.split(), "--out", str(tmp_path / "new" / "folder")])
+    cli.main(["study", "--no-cache", *options.split(), "--out", str(tmp_path / "new" / "folder")])
     printed, folder = capsys.readouterr().out, tmp_path / "new" / "folder"
     assert "uniform_recipe" in printed
     assert sorted(p.name for p in folder.iterdir()) == sorted(["study.nc", *(f"{name}.png" for name in plots.FIGURES)])
@@ -145,9 +146,9 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, capsys, monkeypatch):
             raise KeyboardInterrupt
         return sweep(*args, **kwargs)
 
-    monkeypatch.setattr(study, "sweep", interrupted)
+    monkeypatch.setattr(task, "sweep", interrupted)
     monkeypatch.setattr(cli, "_all_devices", lambda: None)
-    options = "--phi sigmoid relu --init xavier --depths 2 5 --num-seeds 2 --width 8 --batch 4"
+    options = "--phi sigmoid relu --init xavier --depths 2 5 --num-seeds 2 --width 8 --batch 4 --chunk 2 --no-cache"
     with pytest.raises(SystemExit) as stopped:
         cli.main(["study", *options.split(), "--out", str(tmp_path)])
     assert stopped.value.code == 130
@@ -161,7 +162,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, capsys, monkeypatch):
 
 
 def test_a_mistake_is_a_message_and_exit_code_2(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(study, "sweep", lambda *a, **k: pytest.fail("it computed"))
+    monkeypatch.setattr(task, "sweep", lambda *a, **k: pytest.fail("it computed"))
     (tmp_path / "file").write_text("")
     bad = tmp_path / "bad.npz"
     np.savez(bad, x=np.full((4, 2), np.nan), y=np.zeros(4))
@@ -172,7 +173,7 @@ def test_a_mistake_is_a_message_and_exit_code_2(tmp_path, capsys, monkeypatch):
         (["--data", str(tmp_path / "none.npz")], "none.npz"),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["study", "--out", str(tmp_path), *args])
+            cli.main(["study", "--no-cache", "--out", str(tmp_path), *args])
         assert stopped.value.code == 2
         assert message in capsys.readouterr().err
     for path, message in [(tmp_path / "none.nc", "there is no file"), (tmp_path / "other.nc", "expected log_delta")]:

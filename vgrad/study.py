@@ -6,29 +6,39 @@ Every combination of activation and initialization is a sweep over depths and se
 
 and natural logarithms throughout, in float64. Beside it stands what plain float32 would have reported, measured by running it:
 `jax.grad`, then the norm of dJ/dW_1.
+
+The study is planned as chunks (`vgrad.chunks`), each measured by `vgrad.task` here or by any executor, kept in a store, and put
+together at the end: the result does not depend on where, in what order or in how many attempts they were measured.
 """
 
 import dataclasses
+import hashlib
 import math
+import warnings
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgrad import data, fit, initializers, losses, store
+from vgrad import cost, data, initializers
+from vgrad import store as files
 from vgrad.activations import get
-from vgrad.base import Network, Profile
+from vgrad.base import Profile
+from vgrad.chunks import Chunk, Memory, carry_out, chunks_of, make_plan, num_cases
+from vgrad.chunkstore import Store
 from vgrad.network import mlp
 from vgrad.profile import check_depths
-from vgrad.sweep import sweep
+from vgrad.study_table import Row, decimal, table, verdicts
+from vgrad.task import PLAIN, Task, fields_of, measure
 
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["SCHEMES", "Config", "Row", "Scheme", "run", "scheme", "table", "verdicts"]
+__all__ = ["SCHEMES", "Config", "Progress", "Row", "Scheme", "decimal", "run", "scheme", "table", "verdicts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +61,8 @@ class Config:
     """Standard deviation of the biases."""
     key: int = 0
     """Root of all random draws."""
+    chunk: int | None = None
+    """Draws per chunk, the portion that is stored when it is finished. Default: some seconds of work."""
     data: Path | None = None
     """Your own data: an .npz file with arrays x and y, or an .npy file whose last column is y. Default: handwritten digits."""
     out: Path = Path("results")
@@ -87,59 +99,121 @@ def scheme(name: str, phi: str) -> Scheme:
     return Scheme(weights, float(sigma_w))
 
 
-def run(config: Config, *, on_progress: Callable[[int, str], None] = lambda done, what: None, mesh=None) -> "xarray.Dataset":
+class Progress(NamedTuple):
+    """How far a study is. Of a distributed run: this process's share.
+
+    Attributes:
+      done: networks measured since it was started.
+      kept: networks found finished in the store.
+      total: networks to measure in all.
+      what: the activation at work.
+      flops: in the matrix products of those done, as `vgrad.cost` counts them.
+    """
+
+    done: int
+    kept: int
+    total: int
+    what: str
+    flops: float
+
+
+def run(
+    config: Config,
+    *,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    mesh=None,
+    executor: Any = None,
+    store: Store | None = None,
+    resume: bool = False,
+    stopping: Callable[[], bool] = lambda: False,
+) -> "xarray.Dataset | None":
     """Measures all combinations. On Ctrl-C returns what is there, with attribute `complete` 0 and NaN for the rest.
 
     Args:
       config: what to measure.
-      on_progress: called with the number of networks done since the last call, and with what comes next.
+      on_progress: called before the first chunk and after each.
       mesh: devices to spread the seeds over, as for `vgrad.sweep`.
+      executor: anything with the `submit` of `concurrent.futures.Executor`, such as dask's `Client.get_executor()`: chunks are
+        measured where it runs them, each on that process's default device. None: here.
+      store: an open `vgrad.chunkstore.Store`, which keeps finished chunks. None: they are kept in memory.
+      resume: go on with what the store holds.
+      stopping: asked after every chunk. Once true, what is in flight is finished and the rest left, as on Ctrl-C.
     Returns:
       Dataset with the fields of `Profile` [phi, init, seed, depth, layer], and `plain_float32_grad_w1` [phi, init, seed]:
-        ||dJ/dW_1|| at the greatest depth as plain float32 reports it.
+        ||dJ/dW_1|| at the greatest depth as plain float32 reports it. None in a process of a distributed run (a store of several
+        members) that finds chunks of other processes missing when its own are done: the last to finish has the data set.
     Raises:
-      ValueError: a bad configuration, before anything is computed.
+      ValueError: a bad configuration, or a store of another study, before anything is computed.  OSError: the store cannot be
+        written.  vgrad.chunkstore.Damaged: a chunk was damaged while the study ran.
     """
+    if executor is not None and mesh is not None:
+        raise ValueError("got an executor and a mesh, expected one of them: a worker uses its own default device.")
+    source = data.load(config.data)
+    task, kept_in = _task(config, source), store or Memory()
+    plan = kept_in.begin(_identity(config, source, task), task.plan, resume=resume, fixed=config.chunk is not None)
+    task, chunks = task._replace(plan=plan), chunks_of(plan)
+    ours = chunks if store is None else chunks[store.member :: store.num_members]
+    for message in kept_in.discard_damaged(ours):
+        warnings.warn(message, stacklevel=2)
+    todo = kept_in.missing(ours)
+    total, missing, done = num_cases(ours), num_cases(todo), 0
+    room: list[int | None] = [None]  # what an out-of-memory taught the chunks before
+
+    def report(what):
+        networks, flops = len(task.depths), cost.flops(_shape(task))
+        on_progress(Progress(done * networks, (total - missing) * networks, total * networks, what, done * flops))
+
+    def here(chunk):
+        arrays, room[0] = measure(task, chunk, mesh=mesh, most=room[0])
+        return arrays, room[0]
+
+    def commit(chunk: Chunk, measured):
+        nonlocal done
+        kept_in.commit(chunk, measured[0])
+        done += num_cases([chunk])
+        report(_phi_of(task, chunk))
+
+    try:
+        report(_phi_of(task, todo[0]) if todo else "")
+        carry_out(todo, here if executor is None else partial(measure, task), commit, executor=executor, stopping=stopping)
+    except KeyboardInterrupt:
+        pass
+    if store is not None and store.num_members > 1:
+        store.last_to_finish()
+        if store.missing(chunks):
+            return None
+    return _assembled(config, source, task, kept_in)
+
+
+def _assembled(config, source, task, kept_in) -> "xarray.Dataset":
+    """The labelled data set of the chunks that are there, one chunk in memory at a time."""
     import xarray
 
-    source = data.load(config.data)
-    schemes = _checked(config, source)
-    x, t = source.batch(config.batch, config.key)
-    loss = losses.cross_entropy if t.ndim == 1 else losses.squared_error
-    num_phi, num_init, depths = len(config.phi), len(config.init), list(config.depths)
-
+    num_phi, num_init = len(config.phi), len(config.init)
+    chunks = chunks_of(task.plan)
+    missing = set(kept_in.missing(chunks))
+    fields = {}
+    for name, (shape, dtype) in fields_of(task).items():
+        fields[name] = kept_in.empty((task.plan.num_points, task.plan.num_seeds, *shape), dtype)
+    for chunk in chunks:
+        measured = dict.fromkeys(fields, np.nan) if chunk in missing else kept_in.read(chunk)
+        for name, values in fields.items():
+            values[slice(*chunk.points), slice(*chunk.seeds)] = measured[name]
     dims = ("phi", "init", "seed", "depth", "layer")
-    shape = (num_phi, num_init, config.num_seeds, len(depths), depths[-1])
-    fields = {name: np.full(shape, np.nan) for name in Profile._fields}
-    plain = np.full(shape[:3], np.nan, np.float32)
-    initializer_names = list(dict.fromkeys(s.weights for row in schemes.values() for s in row))
-    family = _family(config, initializer_names, x.shape[1], source.out_dim)
-    options: dict[str, Any] = dict(key=jax.random.key(config.key), num_seeds=config.num_seeds, batch=(x, t), loss=loss)
-    plain_float32 = _plain_float32(family, depth=depths[-1], **options)
-    complete = True
-    try:
-        for i, phi in enumerate(config.phi):
-            on_progress(0, phi)
-            grid = [{"phi": i, "weights": initializer_names.index(s.weights), "sigma_w": s.sigma_w} for s in schemes[phi]]
-            for name, values in zip(Profile._fields, sweep(family, grid, depths=depths, mesh=mesh, **options), strict=True):
-                fields[name][i] = values
-            plain[i] = plain_float32(grid)
-            on_progress(num_init * config.num_seeds * len(depths), "")
-    except KeyboardInterrupt:
-        complete = False
-    attributes = store.provenance(dataclasses.asdict(config), source.name) | {"complete": int(complete), "loss": loss.__name__}
+    fields = {name: values.reshape(num_phi, num_init, *values.shape[1:]) for name, values in fields.items()}
+    attributes = files.provenance(_described(config) | {"data": config.data}, source.name)
     return xarray.Dataset(
-        {name: (dims, values, {"units": "nat", "long_name": _LONG_NAMES[name]}) for name, values in fields.items()}
-        | {"plain_float32_grad_w1": (dims[:3], plain, {"long_name": "||dJ/dW_1|| at the greatest depth in plain float32"})},
+        {name: (dims, fields[name], {"units": "nat", "long_name": _LONG_NAMES[name]}) for name in Profile._fields}
+        | {PLAIN: (dims[:3], fields[PLAIN], {"long_name": "||dJ/dW_1|| at the greatest depth in plain float32"})},
         coords={
             "phi": list(config.phi),
             "init": list(config.init),
             "seed": np.arange(config.num_seeds),
-            "depth": depths,
-            "layer": np.arange(1, depths[-1] + 1),
-            "sigma_w": (dims[:2], np.array([[s.sigma_w for s in schemes[phi]] for phi in config.phi])),
+            "depth": list(config.depths),
+            "layer": np.arange(1, config.depths[-1] + 1),
+            "sigma_w": (dims[:2], np.array([sigma_w for _, _, sigma_w in task.points]).reshape(num_phi, num_init)),
         },
-        attrs=attributes,
+        attrs=attributes | {"complete": int(not missing), "loss": task.loss.__name__},
     )
 
 
@@ -169,123 +243,49 @@ def _checked(config, source):
     return schemes
 
 
-def _family(config, initializer_names, in_dim, out_dim) -> Callable[[Any], Network]:
-    """Networks whose activation and initializer are chosen by number, so that the whole study is one compiled program."""
-    phis, draws = [get(phi) for phi in config.phi], [initializers.get(name) for name in initializer_names]
-
-    def choose(options, which, *args):
-        return jax.lax.switch(jnp.asarray(which).astype(jnp.int32), options, *args)
-
-    return lambda point: mlp(
-        config.width,
-        lambda z: choose(phis, point["phi"], z),
-        in_dim,
-        out_dim,
-        sigma_w=point["sigma_w"],
+def _task(config, source) -> Task:
+    """The study as a task, cut for the memory of the device here. Raises for whatever is wrong with the configuration."""
+    schemes = _checked(config, source)
+    x, t = source.batch(config.batch, config.key)
+    draws = list(dict.fromkeys(s.weights for row in schemes.values() for s in row))
+    points = tuple((i, draws.index(s.weights), s.sigma_w) for i, phi in enumerate(config.phi) for s in schemes[phi])
+    shape = cost.Shape(config.depths, config.width, len(x), x.shape[1], source.out_dim)
+    return Task(
+        phis=tuple(config.phi),
+        draws=tuple(draws),
+        points=points,
+        width=config.width,
         sigma_b=config.sigma_b,
-        weights=lambda key, shape, dtype: choose([lambda k, d=d: d(k, shape, dtype) for d in draws], point["weights"], key),
+        out_dim=source.out_dim,
+        depths=tuple(config.depths),
+        key=config.key,
+        x=x,
+        t=t,
+        plan=make_plan(len(points), config.num_seeds, cost.at_once(shape) if config.chunk is None else config.chunk),
+        batch_size=cost.batch_size(shape),
+        x64=jnp.result_type(float) == np.float64,
     )
 
 
-def _plain_float32(family, *, key, num_seeds, depth, batch, loss):
-    """grid -> ||dJ/dW_1|| [points, seeds] of the very draws of the sweep, the way everybody computes it."""
-
-    def one(point, seed):
-        net = family(point)
-        params = net.init(jax.random.fold_in(key, seed), depth)
-        return jnp.linalg.norm(jax.grad(lambda p: loss(net.forward(p, batch[0]), batch[1]))(params).embed.w)
-
-    compiled = jax.jit(lambda points: jax.lax.map(lambda p: jax.lax.map(lambda s: one(p, s), jnp.arange(num_seeds)), points))
-    return lambda grid: np.asarray(compiled({name: np.asarray([p[name] for p in grid], np.float32) for name in grid[0]}))
+def _shape(task):
+    return cost.Shape(task.depths, task.width, len(task.x), task.x.shape[1], task.out_dim)
 
 
-class Row(NamedTuple):
-    """The verdict on one combination at the greatest depth.
-
-    Attributes:
-      phi, init, sigma_w: which.
-      verdict: "vanishes", "holds" or "explodes", as ||delta_1|| / ||delta_{L-1}|| of the typical network lies below 0.1, between,
-        or above 10; "dead" where it is exactly zero in most seeds; "no reading" where it is NaN.
-      rate, stderr: per layer toward the input, in nats, E ln over seeds.
-      log_ratio: ln(||delta_1|| / ||delta_{L-1}||), median over seeds.
-      log_grad_w1: ln ||dJ/dW_1||, median over seeds.
-      plain: the same as plain float32 reports it, median over seeds: a number, not a logarithm; NaN if it is NaN in any seed.
-    """
-
-    phi: str
-    init: str
-    sigma_w: float
-    verdict: str
-    rate: float
-    stderr: float
-    log_ratio: float
-    log_grad_w1: float
-    plain: float
+def _phi_of(task, chunk):
+    return task.phis[task.points[chunk.points[0]][0]]
 
 
-def verdicts(dataset: "xarray.Dataset") -> list[Row]:
-    """A verdict for every combination of a study, in its order."""
-    depth = int(dataset.depth[-1])
-    at_depth = dataset.isel(depth=-1)
-    delta = at_depth.log_delta.transpose("phi", "init", "seed", "layer").values
-    num_phi, num_init = delta.shape[:2]
-    rates = fit.decay_rate(delta.reshape(-1, delta.shape[2], 1, delta.shape[3]), [depth]).mean_log
-    rows = []
-    for n, (i, j) in enumerate(np.ndindex(num_phi, num_init)):
-        with np.errstate(invalid="ignore"):
-            change = delta[i, j, :, 0] - delta[i, j, :, depth - 2]
-        log_ratio = float(np.median(np.where(np.isneginf(delta[i, j, :, 0]), -np.inf, change)))
-        rows.append(
-            Row(
-                phi=str(dataset.phi.values[i]),
-                init=str(dataset.init.values[j]),
-                sigma_w=float(dataset.sigma_w[i, j]),
-                verdict=_verdict(log_ratio),
-                rate=float(rates.value[n, 0]),
-                stderr=float(rates.stderr[n, 0]),
-                log_ratio=log_ratio,
-                log_grad_w1=float(np.median(at_depth.log_grad_w.values[i, j, :, 0])),
-                plain=float(np.median(at_depth.plain_float32_grad_w1.values[i, j])),
-            )
-        )
-    return rows
+def _described(config):
+    """The configuration without what has no influence on the results: where they go, and how the study is cut."""
+    return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("out", "data", "chunk")}
 
 
-def _verdict(log_ratio):
-    if math.isnan(log_ratio):
-        return "no reading"
-    if math.isinf(log_ratio):
-        return "dead"
-    return "vanishes" if log_ratio < -math.log(10) else "explodes" if log_ratio > math.log(10) else "holds"
-
-
-def table(dataset: "xarray.Dataset") -> str:
-    """The verdicts as a table to print."""
-    depth = int(dataset.depth[-1])
-    head = ["phi", "init", "sigma_w", "gradient", "rate per layer", "first/last hidden", "||dW_1||", "plain float32 says"]
-    rows = [
-        [r.phi, r.init, f"{r.sigma_w:.3g}", r.verdict, f"{r.rate:+.3f} ± {r.stderr:.3f}", decimal(r.log_ratio),
-         decimal(r.log_grad_w1), _plain(r)] for r in verdicts(dataset)
-    ]  # fmt: skip
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
-    title = f"Depth {depth}, {dataset.sizes['seed']} seeds; rate: change of ln ||delta|| per layer toward the input ± s.e."
-    return "\n".join([title, "", lines[0], "-" * len(lines[0]), *lines[1:]])
-
-
-def decimal(ln: float) -> str:
-    """e^ln in decimal notation, however large or small: -1000 is 5.1e-435."""
-    if not math.isfinite(ln):
-        return "0" if ln < 0 else str(ln)
-    exponent = math.floor(ln / math.log(10))
-    mantissa, carry = f"{math.exp(ln - exponent * math.log(10)):.1e}".split("e")
-    return f"{mantissa}e{exponent + int(carry):+d}"
-
-
-def _plain(row):
-    if math.isnan(row.plain):
-        return "nan"
-    if row.plain == 0 or math.isinf(row.plain):
-        return f"{row.plain:.0f}"
-    off = math.log(row.plain) - row.log_grad_w1
-    return f"{decimal(math.log(row.plain))}" + ("" if abs(off) < 0.01 else f" (off by {math.expm1(off):+.0%})")
+def _identity(config, source, task) -> dict[str, Any]:
+    """What the results depend on, for `Store.begin`: a store is taken up again only if all of this is as it was."""
+    digest = lambda content: hashlib.sha256(content).hexdigest()[:16]  # noqa: E731
+    modules = {path.stem: digest(path.read_bytes()) for path in sorted(Path(__file__).parent.glob("*.py"))}
+    return {
+        "config": _described(config) | {"dtype": "float64" if task.x64 else "float32"},
+        "data": {"name": source.name, "x": digest(task.x.tobytes()), "t": digest(task.t.tobytes())},
+        "code": {name: version(name) for name in ("vgrad", "jax", "jaxlib", "numpy")} | modules,
+    }

@@ -1,0 +1,154 @@
+"""Many devices and many processes: the numbers are those of one, and whoever dies takes nobody along.
+
+Processes share a cache of compiled programs, so that only the first of them compiles.
+"""
+
+import importlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+from distributed import Client, LocalCluster
+
+from vgrad import store as files
+from vgrad import study
+from vgrad.chunkstore import Store
+
+CONFIG = study.Config(phi=("relu",), init=("xavier", "he"), depths=(2, 3), num_seeds=8, width=8, batch=4, chunk=2)  # 8 chunks
+OPTIONS = "--phi relu --init xavier he --depths 2 3 --num-seeds 8 --width 8 --batch 4 --chunk 2 --quiet"
+# One chunk takes a while, so that there is a moment at which to kill.
+SLOW = """
+import sys, time
+from vgrad import cli, task
+sweep, cli._all_devices = task.sweep, lambda: None  # one device is one program for all processes of these tests
+task.sweep = lambda *a, **k: (sweep(*a, **k), time.sleep(float(sys.argv[1])))[0]
+cli.main(sys.argv[2:])
+"""
+EIGHT = """
+import jax, numpy as np, vgrad
+from vgrad import losses
+x, t = np.ones((3, 4), np.float32) * np.arange(1, 4, dtype=np.float32)[:, None], np.array([0, 1, 1])
+family = lambda point: vgrad.mlp(6, "tanh", 4, 2, sigma_w=point["sigma_w"])
+mesh = jax.make_mesh((8,), ("cases",), axis_types=(jax.sharding.AxisType.Auto,))
+options = dict(key=jax.random.key(0), num_seeds=3, depths=[2, 4], batch=(x, t), loss=losses.cross_entropy)
+one, eight = (vgrad.sweep(family, {"sigma_w": [0.5, 1.0, 2.0]}, mesh=m, **options) for m in (None, mesh))
+for a, b in zip(one, eight):
+    np.testing.assert_allclose(a, b, atol=1e-5)
+print(jax.device_count())
+"""
+
+
+@pytest.fixture(scope="module")
+def whole():
+    return study.run(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """For child processes: one device each, no more optimisation than here, and a cache in common."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | cache
+
+
+def close(dataset, whole):
+    """Another process may compile for another number of threads, so to rounding."""
+    assert dataset.attrs["complete"] == 1
+    for name in whole.data_vars:
+        np.testing.assert_allclose(dataset[name], whole[name], rtol=1e-5, atol=1e-5)
+
+
+def test_eight_devices_are_one_to_rounding_and_say_nothing_to_each_other(tmp_path, environment):
+    """Nine cases, which eight devices pad to sixteen. XLA writes out the programs that it runs."""
+    flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*_compiled.*"
+    env = environment | {"JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "8"
+    programs = [p.read_text() for p in tmp_path.glob("*after_optimizations.txt")]
+    sharded = [p for p in programs if "num_partitions=8" in p]
+    assert len(sharded) == 1
+    for program in sharded:
+        for collective in ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+            assert collective not in program
+
+
+def test_chunks_in_processes_of_a_pool(environment, whole, monkeypatch):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        close(study.run(CONFIG, executor=pool), whole)
+
+
+@pytest.fixture
+def client(environment, monkeypatch):
+    """Two workers of one thread each."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, Client(cluster) as client:
+        yield client
+
+
+def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, whole):
+    killed, workers = [], client.run(os.getpid)
+
+    def kill_one(progress):
+        if progress.done and not killed:
+            killed.append(next(iter(workers.values())))
+            os.kill(killed[0], signal.SIGKILL)
+
+    with Store(tmp_path / "store") as store:
+        close(study.run(CONFIG, store=store, executor=client.get_executor(), on_progress=kill_one), whole)
+    assert killed
+    assert killed[0] not in client.run(os.getpid).values()
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "cluster"))
+    script = importlib.import_module("dask_study")
+    sys.path.pop(0)
+    close(files.load(script.main(client.scheduler.address, tmp_path, CONFIG)), whole)
+    assert not (tmp_path / "study.chunks").exists()
+
+
+def start(folder, environment, *, number, of, port, delay):
+    where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(of), "--process-id", str(number)]
+    command = [sys.executable, "-c", SLOW, str(delay), "study", *OPTIONS.split(), "--out", str(folder), *where]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.parametrize(("of", "victim"), [(2, None), (4, 0)], ids=["two to the end", "four, and the coordinator is killed"])
+def test_processes_share_a_study(of, victim, tmp_path, environment, whole):
+    port = free_port()
+    delays = [3.0 if i == victim else 0.0 for i in range(of)]
+    processes = [start(tmp_path, environment, number=i, of=of, port=port, delay=delays[i]) for i in range(of)]
+    if victim is not None:  # it is slow: once there is a chunk, all have met
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("study.chunks/*.npz")) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        processes[victim].send_signal(signal.SIGKILL)
+    printed = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [-9 if i == victim else 0 for i in range(of)], printed
+    if victim is None:
+        assert sum("study.nc" in text for text in printed) == 1
+        assert sum("has done its share" in text for text in printed) == of - 1
+        assert sorted(p.suffix for p in tmp_path.iterdir()) == [".nc", ".png", ".png", ".png"]
+        return
+    kept = sorted(tmp_path.glob("study.chunks/*.npz"))
+    assert len(kept) in (6, 7)
+    before = [p.read_bytes() for p in kept]
+    with Store(tmp_path / "study.chunks") as store:
+        close(study.run(CONFIG, store=store, resume=True), whole)
+    assert [p.read_bytes() for p in kept] == before
