@@ -1,0 +1,209 @@
+"""The whole profile of a network at finite depth, from theory: no network is drawn.
+
+A batch of inputs makes, at every layer of a wide network, Gaussian preactivations of which the covariance over samples is known,
+
+    K_1 = sigma_w^2 x x^T / in_dim + sigma_b^2,    K_{l+1} = sigma_w^2 E phi(u_a) phi(u_b) + sigma_b^2,    u ~ N(0, K_l),
+
+and back through the same layers goes the covariance G_l = E delta_a . delta_b of the cotangents,
+
+    G_l = sigma_w^2 E phi'(u_a) phi'(u_b) G_{l+1},    E ||dW_l||^2 = sum_ab E (h_a . h_b) G_l,    E ||db_l||^2 = sum_ab G_l,
+
+elementwise in the samples a, b. Widths cancel in G: W_{l+1} has variance sigma_w^2 / N and sums over N units below it. Everything is
+carried in logarithms, so a depth of 10,000 is a reading, and so is a growth of e^1000.
+
+**Weights with a mean**, alpha / sqrt(n) beside a spread sigma / sqrt(n), add a rank-one part: a mean M_{l+1} = alpha sqrt(n) E phi
+that all units of a layer share, random to O(1) from network to network, and on the way back the sum P of delta over the units,
+
+    G_l = E phi' phi' (alpha^2 P_{l+1} + sigma^2 G_{l+1}),    P_l = G_l + alpha^2 (n - 1) E phi'_a E phi'_b P_{l+1}.
+
+M is drawn a few times, from fixed draws, since its first values decide what follows: tanh saturates or does not.
+
+Poole et al., 2016 (arXiv:1606.05340); Schoenholz et al., 2017 (arXiv:1611.01232).
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.scipy.special import logsumexp
+
+from vgrad import activations, kernels, readout
+from vgrad.base import Array
+from vgrad.initializers import check_sigma
+from vgrad.moments import AnyPhi, Real
+
+__all__ = ["Prediction", "predict"]
+
+
+class Prediction(NamedTuple):
+    """What theory says of every layer; arrays of shape [L], natural logarithms of Frobenius norms over the batch as in `Profile`.
+
+    Attributes:
+      q: second moment of a unit's preactivation, mean over the batch. inf or 0 beyond the float range; `log_h` is not.
+      c: correlation of the preactivations of two samples, mean over the distinct pairs. NaN for a batch of one.
+      log_delta, log_grad_w, log_grad_b, log_h: ln(E ||.||^2) / 2 in the limit of infinite width, what `fit.log_mean_sq` measures.
+      mean_log_delta: E ln ||delta_l||, the typical network (`fit.mean_log`), to first order in 1 / width.
+      std_log_delta: spread of ln ||delta_l|| over seeds, to the same order.
+    """
+
+    q: Array
+    c: Array
+    log_delta: Array
+    log_grad_w: Array
+    log_grad_b: Array
+    log_h: Array
+    mean_log_delta: Array
+    std_log_delta: Array
+
+
+def predict(
+    phi: AnyPhi,
+    batch: tuple[Any, Any],
+    *,
+    width: int,
+    depth: int,
+    out_dim: int,
+    sigma_w: Real = 1.0,
+    sigma_b: Real = 0.0,
+    weights: str = "normal",
+    loss: str | Callable = "cross_entropy",
+) -> Prediction:
+    """The mean profile, and the typical one, of `vgrad.mlp(width, phi, in_dim, out_dim, sigma_w=.., sigma_b=.., weights=..)`.
+
+    Args:
+      phi: activation, by name, a function, or an `Activation` with its breakpoints.
+      batch: (x, t). x has shape [B, in_dim]; t labels [B] for the cross-entropy, targets [B, out_dim] for the squared error.
+      width: units per hidden layer, N.
+      depth: L, number of weight matrices, at least 2.  out_dim: units of the last layer.
+      sigma_w, sigma_b: as for `mlp`: sigma_w multiplies what `weights` draws. Shape [], traceable.
+      weights: name of an initializer: all of `vgrad.initializers` but "identity", which is not random.
+      loss: "cross_entropy", "squared_error", or one of these functions of `vgrad.losses`.
+    Returns:
+      `Prediction`. The mean is that of infinite width; a network of width N differs by O(L / N) of its logarithm, and its seeds
+        scatter by `std_log_delta`. Cross-entropy logits come from fixed draws, good to 1e-3 in ln ||delta||.
+    Raises:
+      ValueError, TypeError: bad shapes, names, sigmas, as the network's own constructors raise them.
+    """
+    x, t = (jnp.asarray(a) for a in batch)
+    name, act = readout.loss_name(loss), activations.facts(phi)
+    for what, number, least in (("width", width, 1), ("depth", depth, 2), ("out_dim", out_dim, 1)):
+        if isinstance(number, bool) or not hasattr(number, "__index__") or int(number) < least:
+            raise ValueError(f"{what} is {number!r}, expected an integer of at least {least}.")
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"x has shape {x.shape}, expected [B, in_dim]: a batch of rows. For one sample use x[None].")
+    check_sigma("sigma_w", sigma_w)
+    check_sigma("sigma_b", sigma_b)
+    readout.check_targets(name, batch[1], x.shape[0], out_dim)
+    dtype = jnp.result_type(float)
+    fans = np.array([(x.shape[1], width), (width, width), (width, out_dim)])
+    shift, spread = _law(weights, fans)
+    x, t = x.astype(dtype), (t.astype(dtype) if name == "squared_error" else t)
+    static = _Static(act, name, weights, tuple(shift), tuple(spread), int(width), int(depth), int(out_dim))
+    return _compiled(static, x, t, jnp.asarray(sigma_w, dtype), jnp.asarray(sigma_b, dtype))
+
+
+def _law(weights, fans):
+    """Mean and std of an entry, times sqrt(fan_in), at sigma_w = 1: each of embedding, hidden layers and readout."""
+    fan_in, fan_out = fans.T
+    laws = dict.fromkeys(("normal", "uniform", "truncated_normal", "orthogonal", "lecun", "xavier_fan_in"), (0.0, 1.0))
+    laws |= {"he": (0.0, math.sqrt(2)), "xavier_fan_avg": (0.0, np.sqrt(2 * fan_in / (fan_in + fan_out)))}
+    laws |= {"positive_uniform": (0.5, math.sqrt(1 / 12))}
+    if not isinstance(weights, str) or weights not in laws:
+        raise ValueError(f"weights is {weights!r}, expected the name of a random initializer: {', '.join(laws)}.")
+    return [np.broadcast_to(v, 3).tolist() for v in laws[weights]]
+
+
+_NUM_SCENARIOS = 24  # draws of the mean part
+
+
+# Compiled as a whole: primitive by primitive the same takes seconds.
+@partial(jax.jit, static_argnums=0)
+def _compiled(static, x, t, sigma_w, sigma_b):
+    run = partial(_one, static, x, t, sigma_w, sigma_b)
+    if not any(static.shift):
+        return run(None)
+    noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth, x.shape[0]), x.dtype)
+    each = lax.map(run, noise)
+    mean = lambda v: jnp.mean(v, axis=0)  # noqa: E731
+    mean_sq = lambda v: 0.5 * (logsumexp(2 * v, axis=0) - math.log(_NUM_SCENARIOS))  # noqa: E731
+    typical = mean(each.mean_log_delta)
+    spread = mean(jnp.square(each.mean_log_delta - typical[None]) + jnp.square(each.std_log_delta))
+    return Prediction(mean(each.q), mean(each.c), *(mean_sq(v) for v in each[2:6]), typical, jnp.sqrt(spread))
+
+
+class _Static(NamedTuple):
+    """What a program is compiled for."""
+
+    act: activations.Activation
+    loss: str
+    weights: str
+    shift: tuple[float, ...]  # of the weights of embedding, hidden layers, readout
+    spread: tuple[float, ...]
+    width: int
+    depth: int
+    out_dim: int
+
+
+def _one(static, x, t, sigma_w, sigma_b, noise):
+    """A `Prediction` for one draw of the mean part, or without one."""
+    act, _, _, shift, spread, width, depth, out_dim = static
+    log_bias, powers = kernels.log(sigma_b), kernels.powers(act, x.dtype)
+    has_mean, hidden = any(shift), (shift[1] * sigma_w, spread[1] * sigma_w)
+    first, log_x = _embed(x, shift[0] * sigma_w, spread[0] * sigma_w, log_bias)
+
+    def up(z, noise):
+        seen = kernels.see(act, z, powers, has_mean=has_mean)
+        return kernels.up(seen, width, *hidden, log_bias, noise), (z, seen)
+
+    z, (below, seen) = lax.scan(up, first, None if noise is None else noise[:-2], length=depth - 2)
+    last = kernels.see(act, z, powers, has_mean=has_mean)
+    top = kernels.up(last, width, shift[2] * sigma_w, spread[2] * sigma_w, log_bias, None if noise is None else noise[-1])
+    zs = jax.tree.map(lambda a, b, c: jnp.concatenate([a, b[None], c[None]]), below, z, top)
+    hs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)  # of layers 1..L-1
+
+    cotangent = readout.cotangent(static.loss, top.scale, top.cov, top.mean, t, out_dim)
+    start = cotangent.log_norm, cotangent.gram, cotangent.coherent
+    state = kernels.down(start, last, width, shift[2] * sigma_w, spread[2] * sigma_w)
+
+    def down(state, seen):
+        below = kernels.down(state, seen, width, *hidden)
+        return below, below[:2]
+
+    _, (norms, grams) = lax.scan(down, state, seen, reverse=True)
+    norms, grams = (jnp.concatenate([a, b[None], c[None]]) for a, b, c in zip((norms, grams), state, start[:2], strict=False))
+    h = jnp.concatenate([log_x[0][None], hs.log_h + 0.5 * math.log(width)]), jnp.concatenate([log_x[1][None], hs.h])
+    log_delta = 0.5 * logsumexp(2 * norms, axis=1)
+    z_top = 0.5 * math.log(out_dim) + top.scale
+    return Prediction(
+        q=jnp.mean(jnp.exp(2 * zs.scale), axis=1),
+        c=_mean_pair(zs.cov + zs.mean[:, :, None] * zs.mean[:, None]),
+        log_delta=log_delta,
+        log_grad_w=jax.vmap(kernels.inner)(norms + h[0], grams * h[1]),
+        log_grad_b=jax.vmap(kernels.inner)(norms, grams),
+        log_h=0.5 * logsumexp(2 * jnp.concatenate([h[0][1:], z_top[None]]), axis=1),
+        mean_log_delta=log_delta,
+        std_log_delta=0 * log_delta,
+    )
+
+
+def _embed(x, alpha, sigma, log_bias):
+    """Layer 1, and ln |x_a| [B] with the correlations x_a . x_b / (|x_a| |x_b|) [B, B]."""
+    top = jnp.max(jnp.abs(x), axis=1)
+    unit = x / jnp.where(top > 0, top, 1.0)[:, None]
+    gram, log_top, n = jnp.dot(unit, unit.T, precision="highest"), kernels.log(top), x.shape[1]
+    norm = jnp.sqrt(jnp.diagonal(gram))
+    inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
+    z = kernels.layer(log_top, sigma**2 * gram / n, alpha * jnp.sum(unit, axis=1) / math.sqrt(n), log_bias)
+    return z, (log_top + kernels.log(norm), gram * inverse[:, None] * inverse[None])
+
+
+def _mean_pair(c):
+    """Mean of [L, B, B] over distinct pairs."""
+    num = c.shape[-1]
+    off = jnp.sum(c, axis=(1, 2)) - jnp.trace(c, axis1=1, axis2=2)
+    return off / (num * (num - 1)) if num > 1 else jnp.full_like(off, jnp.nan)
