@@ -10,6 +10,7 @@ with d read off E phi^2 at two lengths, for phi' likewise.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 
 from vgrad import activations, gaussian
 from vgrad.base import Array
-from vgrad.moments import second_moment, slope_moment
 from vgrad.readout import root_of
 
 __all__ = ["Layer", "Powers", "Seen", "down", "inner", "layer", "log", "powers", "see", "up"]
@@ -65,15 +65,11 @@ class Powers(NamedTuple):
 
 def powers(act: activations.Activation, dtype) -> Powers:
     """The `Powers` of an activation, to the next multiple of a half."""
-    ends = jnp.exp(jnp.asarray([-2 * _EDGE, 2 * _EDGE], dtype))
-    inside = ends * jnp.asarray([4.0, 0.25], dtype)
-
-    def exponent(moment):
-        change = log(jax.vmap(lambda q: moment(act, q))(inside)) - log(jax.vmap(lambda q: moment(act, q))(ends))
-        exponent = change / jnp.asarray([math.log(4), -math.log(4)], dtype)
-        return jnp.where(jnp.isfinite(exponent), jnp.round(2 * exponent) / 2, 0.0)
-
-    return Powers(exponent(second_moment), exponent(slope_moment))
+    lengths = jnp.exp(jnp.asarray([-2 * _EDGE, 2 * _EDGE], dtype))[:, None] * jnp.asarray([[1.0, 4.0], [0.25, 1.0]], dtype)
+    found = jax.vmap(jax.vmap(lambda q: gaussian.expect(partial(_squares, act.phi), q, **gaussian.rule_options(act))))(lengths)
+    exponents = (log(found[:, 1]) - log(found[:, 0])) / math.log(4)
+    exponents = jnp.where(jnp.isfinite(exponents), jnp.round(2 * exponents) / 2, 0.0)
+    return Powers(exponents[:, 0], exponents[:, 1])
 
 
 def layer(log_unit: Array, cov: Array, mean: Array, log_bias: Array) -> Layer:
@@ -89,10 +85,7 @@ def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> 
     size, beyond = jnp.exp(at), z.scale - at
     q, mean = jnp.diagonal(z.cov) * jnp.square(size), z.mean * size
 
-    def integrands(u):
-        h, slope = jax.jvp(act.phi, (u,), (jnp.ones_like(u),))
-        both = jnp.stack([jnp.square(h), jnp.square(slope)])
-        return jnp.concatenate([both, jnp.stack([h, slope])]) if has_mean else both
+    integrands = partial(_moments if has_mean else _squares, act.phi)
 
     def own(q, mean):
         where = {"mean": mean} if has_mean else {}
@@ -141,6 +134,15 @@ def inner(log_norm: Array, gram: Array) -> Array:
 def log(x: Array) -> Array:
     """ln x, -inf for x <= 0 with a derivative of zero, and NaN for NaN."""
     return jnp.where(x > 0, jnp.log(jnp.where(x > 0, x, 1.0)), jnp.where(jnp.isnan(x), jnp.nan, -jnp.inf))
+
+
+def _squares(phi, u):
+    return jnp.square(jnp.stack(jax.jvp(phi, (u,), (jnp.ones_like(u),))))
+
+
+def _moments(phi, u):
+    both = jnp.stack(jax.jvp(phi, (u,), (jnp.ones_like(u),)))
+    return jnp.concatenate([jnp.square(both), both])
 
 
 def _divide(a, b):

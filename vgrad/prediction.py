@@ -127,7 +127,7 @@ def _compiled(static, x, t, sigma_w, sigma_b):
     run = partial(_one, static, x, t, sigma_w, sigma_b)
     if not any(static.shift):
         return run(None)
-    noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth, x.shape[0]), x.dtype)
+    noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth - 1, x.shape[0]), x.dtype)
     each = lax.map(run, noise)
     mean = lambda v: jnp.mean(v, axis=0)  # noqa: E731
     mean_sq = lambda v: 0.5 * (logsumexp(2 * v, axis=0) - math.log(_NUM_SCENARIOS))  # noqa: E731
@@ -151,31 +151,28 @@ class _Static(NamedTuple):
 
 def _one(static, x, t, sigma_w, sigma_b, noise):
     """A `Prediction` for one draw of the mean part, or without one."""
-    act, _, _, shift, spread, width, depth, out_dim = static
+    act, width, depth, out_dim, has_mean = static.act, static.width, static.depth, static.out_dim, any(static.shift)
     log_bias, powers = kernels.log(sigma_b), kernels.powers(act, x.dtype)
-    has_mean, hidden = any(shift), (shift[1] * sigma_w, spread[1] * sigma_w)
-    first, log_x = _embed(x, shift[0] * sigma_w, spread[0] * sigma_w, log_bias)
+    laws = np.repeat(np.stack([static.shift, static.spread], axis=1), [1, depth - 2, 1], axis=0)
+    gains = sigma_w * jnp.asarray(laws, x.dtype)  # [L, 2]
+    first, log_x = _embed(x, *gains[0], log_bias)
 
-    def up(z, noise):
+    def up(z, layer):
+        gain, noise = layer
         seen = kernels.see(act, z, powers, has_mean=has_mean)
-        return kernels.up(seen, width, *hidden, log_bias, noise), (z, seen)
+        return kernels.up(seen, width, *gain, log_bias, noise), (z, seen)
 
-    z, (below, seen) = lax.scan(up, first, None if noise is None else noise[:-2], length=depth - 2)
-    last = kernels.see(act, z, powers, has_mean=has_mean)
-    top = kernels.up(last, width, shift[2] * sigma_w, spread[2] * sigma_w, log_bias, None if noise is None else noise[-1])
-    zs = jax.tree.map(lambda a, b, c: jnp.concatenate([a, b[None], c[None]]), below, z, top)
-    hs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), seen, last)  # of layers 1..L-1
-
-    cotangent = readout.cotangent(static.loss, top.scale, top.cov, top.mean, t, out_dim)
-    start = cotangent.log_norm, cotangent.gram, cotangent.coherent
-    state = kernels.down(start, last, width, shift[2] * sigma_w, spread[2] * sigma_w)
-
-    def down(state, seen):
-        below = kernels.down(state, seen, width, *hidden)
+    def down(state, layer):
+        gain, seen = layer
+        below = kernels.down(state, seen, width, *gain)
         return below, below[:2]
 
-    _, (norms, grams) = lax.scan(down, state, seen, reverse=True)
-    norms, grams = (jnp.concatenate([a, b[None], c[None]]) for a, b, c in zip((norms, grams), state, start[:2], strict=False))
+    top, (below, hs) = lax.scan(up, first, (gains[1:], noise))
+    zs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, top)
+    cotangent = readout.cotangent(static.loss, top.scale, top.cov, top.mean, t, out_dim)
+    start = cotangent.log_norm, cotangent.gram, cotangent.coherent
+    _, found = lax.scan(down, start, (gains[1:], hs), reverse=True)
+    norms, grams = (jnp.concatenate([a, b[None]]) for a, b in zip(found, start[:2], strict=True))
     h = jnp.concatenate([log_x[0][None], hs.log_h + 0.5 * math.log(width)]), jnp.concatenate([log_x[1][None], hs.h])
     log_delta = 0.5 * logsumexp(2 * norms, axis=1)
     z_top = 0.5 * math.log(out_dim) + top.scale
