@@ -30,7 +30,7 @@ from jax.scipy.special import ndtr
 from vgrad import activations
 from vgrad.base import Array, Phi
 
-__all__ = ["Series", "correlator", "expect", "expect_pair", "rule_options", "series"]
+__all__ = ["Series", "coefficients", "correlator", "expect", "expect_pair", "rule_options", "series"]
 
 _REACH = 9.5  # standard deviations; the density there is 1e-20
 
@@ -158,6 +158,17 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     rest, slopes = jnp.dot(both, jnp.asarray(_HERMITE.T, q.dtype), precision="highest")
     kinks, steps = (jnp.dot(a, jumps, precision="highest") for a in _kink(cuts))
     return Series(rest, slopes, std * kinks, steps, jumps, cuts, std)
+
+
+def coefficients(f: Callable, q, *, mean=0.0, num: int = NUM_TERMS) -> Array:
+    """Hermite coefficients E[f(z) He_k(y)] / sqrt(k!), k < num <= 192, of f from [n] to [..., n]. Shape [..., num].
+
+    Kinks and jumps of f cost accuracy here, about 1e-3, unless they are at the mean.
+    """
+    q, mean = _floats(q, mean)
+    y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
+    values = f(mean + jnp.sqrt(_positive(q)) * y)
+    return jnp.dot(values * weight, jnp.asarray(_HERMITE[:num].T, q.dtype), precision="highest")
 
 
 def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:

@@ -1,8 +1,8 @@
 """One layer of a wide network as it acts on covariances over a batch: up with the signal, down with its gradient.
 
-A layer's preactivations are Gaussian over its units, with covariance K over the samples and, where weights have a mean, a mean M that
-the units share. Each sample a is kept in units of e^scale_a, so that K_aa + M_a^2 = 1 there at any magnitude. Beyond 1e±6, phi is
-taken for the power law that it is there,
+A layer's preactivations are Gaussian over its units, with covariance K over the samples and, where weights have a mean, a mean M
+that the units share. Each sample a is kept in units of e^scale_a, so that K_aa + M_a^2 = 1 there at any magnitude. Beyond 1e±6, phi
+is taken for the power law that it is there,
 
     phi(e^s z) ~ e^(d s) phi(z),    d = 1 for relu at both ends, 1 below and 0 above for tanh,
 
@@ -11,7 +11,7 @@ with d read off E phi^2 at two lengths, for phi' likewise.
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,9 @@ from vgrad import activations, gaussian
 from vgrad.base import Array
 from vgrad.readout import root_of
 
-__all__ = ["Layer", "Powers", "Seen", "down", "inner", "layer", "log", "powers", "see", "up"]
+__all__ = ["EDGE", "Layer", "Powers", "Seen", "divide", "down", "inner", "layer", "log", "look_at", "over", "powers", "see", "up"]
 
-_EDGE = 6 * math.log(10)  # ln of the greatest std at which phi itself is looked at; minus that of the least
+EDGE = 6 * math.log(10)  # ln of the greatest std at which phi itself is looked at; minus that of the least
 
 
 class Layer(NamedTuple):
@@ -40,7 +40,7 @@ class Layer(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """The activations of a layer, and what the way back needs to know of it. Correlations are means of products over root mean squares.
+    """The activations of a layer, and what the way back needs. Correlations are means of products over root mean squares.
 
     Attributes:
       log_h, log_slope: ln(E h^2) / 2 and ln(E phi'^2) / 2. Shape [B].
@@ -65,7 +65,7 @@ class Powers(NamedTuple):
 
 def powers(act: activations.Activation, dtype) -> Powers:
     """The `Powers` of an activation, to the next multiple of a half."""
-    lengths = jnp.exp(jnp.asarray([-2 * _EDGE, 2 * _EDGE], dtype))[:, None] * jnp.asarray([[1.0, 4.0], [0.25, 1.0]], dtype)
+    lengths = jnp.exp(jnp.asarray([-2 * EDGE, 2 * EDGE], dtype))[:, None] * jnp.asarray([[1.0, 4.0], [0.25, 1.0]], dtype)
     found = jax.vmap(jax.vmap(lambda q: gaussian.expect(partial(_squares, act.phi), q, **gaussian.rule_options(act))))(lengths)
     exponents = (log(found[:, 1]) - log(found[:, 0])) / math.log(4)
     exponents = jnp.where(jnp.isfinite(exponents), jnp.round(2 * exponents) / 2, 0.0)
@@ -79,10 +79,15 @@ def layer(log_unit: Array, cov: Array, mean: Array, log_bias: Array) -> Layer:
     return Layer(scale, cov * unit[:, None] * unit[None] + bias[:, None] * bias[None], mean * unit)
 
 
+def look_at(z: Layer) -> tuple[Array, Array]:
+    """The scales [B] at which phi is looked at, and the logarithms [B] by which the layer's own lie beyond them."""
+    at = jnp.clip(z.scale, -EDGE, EDGE)
+    return jnp.exp(at), z.scale - at
+
+
 def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> Seen:
     """What the activations of a layer are. `has_mean` is static: without a mean there is less to integrate."""
-    at = jnp.clip(z.scale, -_EDGE, _EDGE)
-    size, beyond = jnp.exp(at), z.scale - at
+    size, beyond = look_at(z)
     q, mean = jnp.diagonal(z.cov) * jnp.square(size), z.mean * size
 
     integrands = partial(_moments if has_mean else _squares, act.phi)
@@ -93,13 +98,13 @@ def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> 
 
     moments, series = jax.vmap(own)(q, mean)
     std = jnp.sqrt(jnp.diagonal(z.cov))
-    c = jnp.clip(_over(z.cov, std), -1, 1)
+    c = jnp.clip(over(z.cov, std), -1, 1)
     pair = lambda a, b, c: gaussian.correlator(a, b)(c)  # noqa: E731
     h, slope = jax.vmap(jax.vmap(pair, (None, 0, 0)), (0, None, 0))(series, series, c)
     same = jnp.eye(q.shape[0], dtype=bool)
     root = [jnp.sqrt(moments[:, i]) for i in range(2)]
-    h, slope = (jnp.where(same, 1.0, jnp.clip(_over(v, r), -1, 1)) for v, r in ((h, root[0]), (slope, root[1])))
-    mean_h, mean_slope = (_divide(moments[:, 2 + i], root[i]) if has_mean else jnp.zeros_like(q) for i in range(2))
+    h, slope = (jnp.where(same, 1.0, jnp.clip(over(v, r), -1, 1)) for v, r in ((h, root[0]), (slope, root[1])))
+    mean_h, mean_slope = (divide(moments[:, 2 + i], root[i]) if has_mean else jnp.zeros_like(q) for i in range(2))
     d, e = (jnp.where(beyond > 0, v[1], v[0]) for v in p)
     grown = lambda d: jnp.where((beyond == 0) | (d == 0), 0.0, d * beyond)  # noqa: E731  0 * inf
     return Seen(log(root[0]) + grown(d), log(root[1]) + grown(e), h, slope, mean_h, mean_slope)
@@ -115,12 +120,12 @@ def up(seen: Seen, n: int, alpha, sigma, log_bias: Array, noise: Array | None) -
 
 
 def down(state: tuple[Array, Array, Array], seen: Seen, n: int, alpha, sigma):
-    """From the cotangents above to those of this layer: (ln(E |delta_a|^2) / 2 [B], correlations [B, B], those of sums over units)."""
+    """From the cotangents above to those of this layer: (ln(E |delta_a|^2) / 2, correlations, correlations of sums over units)."""
     log_norm, gram, coherent = state
     inside = jnp.square(alpha) * coherent + jnp.square(sigma) * gram
     root = jnp.sqrt(jnp.maximum(jnp.diagonal(inside), 0))
-    gram = seen.slope * _over(inside, root)
-    coherent = gram + jnp.square(alpha) * (n - 1) * seen.mean_slope[:, None] * seen.mean_slope[None] * _over(coherent, root)
+    gram = seen.slope * over(inside, root)
+    coherent = gram + jnp.square(alpha) * (n - 1) * seen.mean_slope[:, None] * seen.mean_slope[None] * over(coherent, root)
     return log_norm + seen.log_slope + log(root), gram, coherent
 
 
@@ -145,11 +150,12 @@ def _moments(phi, u):
     return jnp.concatenate([jnp.square(both), both])
 
 
-def _divide(a, b):
+def divide(a: Array, b: Array) -> Array:
+    """a / b, 0 where b is not above 0."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), 0.0)
 
 
-def _over(matrix, root):
-    """matrix_ab / (root_a root_b), 0 where a root is."""
-    inverse = _divide(jnp.ones_like(root), root)
+def over(matrix: Array, root: Array) -> Array:
+    """matrix_ab / (root_a root_b) for a matrix [B, B] and roots [B]; 0 where a root is."""
+    inverse = divide(jnp.ones_like(root), root)
     return matrix * inverse[:, None] * inverse[None]

@@ -8,8 +8,8 @@ and back through the same layers goes the covariance G_l = E delta_a . delta_b o
 
     G_l = sigma_w^2 E phi'(u_a) phi'(u_b) G_{l+1},    E ||dW_l||^2 = sum_ab E (h_a . h_b) G_l,    E ||db_l||^2 = sum_ab G_l,
 
-elementwise in the samples a, b. Widths cancel in G: W_{l+1} has variance sigma_w^2 / N and sums over N units below it. Everything is
-carried in logarithms, so a depth of 10,000 is a reading, and so is a growth of e^1000.
+elementwise in the samples a, b. Widths cancel in G: W_{l+1} has variance sigma_w^2 / N and sums over N units below it. Everything
+is carried in logarithms, so a depth of 10,000 is a reading, and so is a growth of e^1000.
 
 **Weights with a mean**, alpha / sqrt(n) beside a spread sigma / sqrt(n), add a rank-one part: a mean M_{l+1} = alpha sqrt(n) E phi
 that all units of a layer share, random to O(1) from network to network, and on the way back the sum P of delta over the units,
@@ -32,7 +32,7 @@ import numpy as np
 from jax import lax
 from jax.scipy.special import logsumexp
 
-from vgrad import activations, kernels, readout
+from vgrad import activations, finite_width, kernels, readout, scatter
 from vgrad.base import Array
 from vgrad.initializers import check_sigma
 from vgrad.moments import AnyPhi, Real
@@ -160,22 +160,32 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
     def up(z, layer):
         gain, noise = layer
         seen = kernels.see(act, z, powers, has_mean=has_mean)
-        return kernels.up(seen, width, *gain, log_bias, noise), (z, seen)
+        spread = None if has_mean else scatter.scatter(act, z, log_bias, orthogonal=static.weights == "orthogonal")
+        return kernels.up(seen, width, *gain, log_bias, noise), (z, seen, spread)
 
     def down(state, layer):
         gain, seen = layer
         below = kernels.down(state, seen, width, *gain)
         return below, below[:2]
 
-    top, (below, hs) = lax.scan(up, first, (gains[1:], noise))
+    top, (below, hs, spreads) = lax.scan(up, first, (gains[1:], noise))
     zs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, top)
-    cotangent = readout.cotangent(static.loss, top.scale, top.cov, top.mean, t, out_dim)
+    cotangent_of = lambda log_scale: readout.cotangent(static.loss, log_scale, top.cov, top.mean, t, out_dim)  # noqa: E731
+    cotangent, change = jax.jvp(cotangent_of, (top.scale,), (jnp.ones_like(top.scale),))
     start = cotangent.log_norm, cotangent.gram, cotangent.coherent
     _, found = lax.scan(down, start, (gains[1:], hs), reverse=True)
     norms, grams = (jnp.concatenate([a, b[None]]) for a, b in zip(found, start[:2], strict=True))
     h = jnp.concatenate([log_x[0][None], hs.log_h + 0.5 * math.log(width)]), jnp.concatenate([log_x[1][None], hs.h])
     log_delta = 0.5 * logsumexp(2 * norms, axis=1)
     z_top = 0.5 * math.log(out_dim) + top.scale
+    share = 1 - jnp.exp(2 * (log_bias - top.scale))
+    if has_mean:
+        finite = jnp.zeros((depth - 1, *top.cov.shape), x.dtype), jnp.zeros(depth - 1, x.dtype)
+    else:
+        orthogonal = static.weights == "orthogonal"
+        cov = scatter.covariances(spreads, cotangent.cosine, hs.slope, share * change.log_norm, width, orthogonal=orthogonal)
+        finite = cov, _shift(static, first, gains[1, 1], sigma_b, 1 + (cotangent.alignment - 1) * jnp.mean(share))
+    mean_log, std = _typical(norms, cotangent, *finite)
     return Prediction(
         q=jnp.mean(jnp.exp(2 * zs.scale), axis=1),
         c=_mean_pair(zs.cov + zs.mean[:, :, None] * zs.mean[:, None]),
@@ -183,9 +193,31 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
         log_grad_w=jax.vmap(kernels.inner)(norms + h[0], grams * h[1]),
         log_grad_b=jax.vmap(kernels.inner)(norms, grams),
         log_h=0.5 * logsumexp(2 * jnp.concatenate([h[0][1:], z_top[None]]), axis=1),
-        mean_log_delta=log_delta,
-        std_log_delta=0 * log_delta,
+        mean_log_delta=mean_log,
+        std_log_delta=std,
     )
+
+
+def _typical(norms, cotangent, cov, shift):
+    """E ln and std of ln ||delta_l|| [L], from their spread at the readout, which is not small, and the covariances above it."""
+    chi = norms - norms[-1:]  # ln of what the layers above do to each sample
+    draws = jax.vmap(lambda chi: logsumexp(cotangent.log_sq + 2 * chi[None], axis=1))(chi)  # [L, M]
+    above = lambda v: jnp.concatenate([v, jnp.zeros_like(v[:1])])  # noqa: E731
+    weight = jax.nn.softmax(2 * norms, axis=1)
+    within = above(jnp.einsum("la,lb,lab->l", weight[:-1], weight[:-1], cov, precision="highest"))
+    mean = jnp.mean(draws, axis=1)
+    between = jnp.mean(jnp.square(draws - mean[:, None]), axis=1)
+    return 0.5 * (mean + above(shift) - 0.5 * within), 0.5 * jnp.sqrt(between + within)
+
+
+def _shift(static, first, sigma, sigma_b, alignment):
+    """What width adds to ln E |delta_l|^2 [L-1], to first order, for a sample of the batch's mean length."""
+    edge = 2 * kernels.EDGE
+    q = jnp.exp(jnp.clip(jax.nn.logsumexp(2 * first.scale) - math.log(first.scale.size), -edge, edge))
+    widths = jnp.broadcast_to(jnp.asarray([[static.width], [1e30]], q.dtype), (2, static.depth - 1))
+    law = dict(q=q, sigma_w=sigma, sigma_b=sigma_b, weights=static.weights if static.weights == "orthogonal" else "normal")
+    found = jax.vmap(lambda n: finite_width.backward(static.act, n, **law, alignment=alignment).log_mean)(widths)
+    return found[0] - found[1]
 
 
 def _embed(x, alpha, sigma, log_bias):
