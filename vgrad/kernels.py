@@ -46,6 +46,7 @@ class Seen(NamedTuple):
       log_h, log_slope: ln(E h^2) / 2 and ln(E phi'^2) / 2. Shape [B].
       h, slope: correlations of h and of phi' between samples. Shape [B, B].
       mean_h, mean_slope: E h and E phi' over their root mean squares. Shape [B].
+      bend, mixed: E phi'' / E phi' and E(phi phi') / E phi', with z and phi in units of e^scale; 0 for weights without a mean. [B].
     """
 
     log_h: Array
@@ -54,6 +55,8 @@ class Seen(NamedTuple):
     slope: Array
     mean_h: Array
     mean_slope: Array
+    bend: Array
+    mixed: Array
 
 
 class Powers(NamedTuple):
@@ -90,10 +93,9 @@ def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> 
     size, beyond = look_at(z)
     q, mean = jnp.diagonal(z.cov) * jnp.square(size), z.mean * size
 
-    integrands = partial(_moments if has_mean else _squares, act.phi)
-
     def own(q, mean):
         where = {"mean": mean} if has_mean else {}
+        integrands = partial(_moments, act.phi, q, mean) if has_mean else partial(_squares, act.phi)
         return gaussian.expect(integrands, q, **where, **gaussian.rule_options(act)), gaussian.series(act, q, **where)
 
     moments, series = jax.vmap(own)(q, mean)
@@ -104,10 +106,14 @@ def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> 
     same = jnp.eye(q.shape[0], dtype=bool)
     root = [jnp.sqrt(moments[:, i]) for i in range(2)]
     h, slope = (jnp.where(same, 1.0, jnp.clip(over(v, r), -1, 1)) for v, r in ((h, root[0]), (slope, root[1])))
-    mean_h, mean_slope = (divide(moments[:, 2 + i], root[i]) if has_mean else jnp.zeros_like(q) for i in range(2))
+    mean_h = mean_slope = bend = mixed = jnp.zeros_like(q)
+    if has_mean:
+        mean_h, mean_slope = (divide(moments[:, 2 + i], root[i]) for i in range(2))
+        whole = jnp.where(moments[:, 3] == 0, jnp.inf, moments[:, 3])
+        bend, mixed = moments[:, 4] * size / whole, moments[:, 5] / size / whole
     d, e = (jnp.where(beyond > 0, v[1], v[0]) for v in p)
     grown = lambda d: jnp.where((beyond == 0) | (d == 0), 0.0, d * beyond)  # noqa: E731  0 * inf
-    return Seen(log(root[0]) + grown(d), log(root[1]) + grown(e), h, slope, mean_h, mean_slope)
+    return Seen(log(root[0]) + grown(d), log(root[1]) + grown(e), h, slope, mean_h, mean_slope, bend, mixed)
 
 
 def up(seen: Seen, n: int, alpha, sigma, log_bias: Array, noise: Array | None) -> Layer:
@@ -119,9 +125,13 @@ def up(seen: Seen, n: int, alpha, sigma, log_bias: Array, noise: Array | None) -
     return layer(seen.log_h, sigma**2 * seen.h, mean, log_bias)
 
 
-def down(state: tuple[Array, Array, Array], seen: Seen, n: int, alpha, sigma):
-    """From the cotangents above to those of this layer: (ln(E |delta_a|^2) / 2, correlations, correlations of sums over units)."""
+def down(state: tuple[Array, Array, Array], seen: Seen, n: int, alpha, sigma, feedback: Array):
+    """From the cotangents above to those of this layer: (ln(E |delta_a|^2) / 2, correlations, correlations of sums over units).
+
+    `feedback` [B] multiplies the sums.
+    """
     log_norm, gram, coherent = state
+    coherent = coherent * feedback[:, None] * feedback[None]
     inside = jnp.square(alpha) * coherent + jnp.square(sigma) * gram
     root = jnp.sqrt(jnp.maximum(jnp.diagonal(inside), 0))
     gram = seen.slope * over(inside, root)
@@ -145,9 +155,10 @@ def _squares(phi, u):
     return jnp.square(jnp.stack(jax.jvp(phi, (u,), (jnp.ones_like(u),))))
 
 
-def _moments(phi, u):
-    both = jnp.stack(jax.jvp(phi, (u,), (jnp.ones_like(u),)))
-    return jnp.concatenate([jnp.square(both), both])
+def _moments(phi, q, mean, u):
+    h, slope = both = jnp.stack(jax.jvp(phi, (u,), (jnp.ones_like(u),)))
+    # The mean of phi'' by parts, so that kinks have theirs.
+    return jnp.concatenate([jnp.square(both), both, jnp.stack([slope * (u - mean) / q, h * slope])])
 
 
 def divide(a: Array, b: Array) -> Array:

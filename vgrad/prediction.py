@@ -118,7 +118,7 @@ def _law(weights, fans):
     return [np.broadcast_to(v, 3).tolist() for v in laws[weights]]
 
 
-_NUM_SCENARIOS = 24  # draws of the mean part
+_NUM_SCENARIOS, _NUM_SUMS = 24, 8  # draws of the mean part, and for each of them of the sum of delta over the units
 
 
 # Compiled as a whole: primitive by primitive the same takes seconds.
@@ -127,7 +127,7 @@ def _compiled(static, x, t, sigma_w, sigma_b):
     run = partial(_one, static, x, t, sigma_w, sigma_b)
     if not any(static.shift):
         return run(None)
-    noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth - 1, x.shape[0]), x.dtype)
+    noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth - 1 + _NUM_SUMS, x.shape[0]), x.dtype)
     each = lax.map(run, noise)
     mean = lambda v: jnp.mean(v, axis=0)  # noqa: E731
     mean_sq = lambda v: 0.5 * (logsumexp(2 * v, axis=0) - math.log(_NUM_SCENARIOS))  # noqa: E731
@@ -163,29 +163,27 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
         spread = None if has_mean else scatter.scatter(act, z, log_bias, orthogonal=static.weights == "orthogonal")
         return kernels.up(seen, width, *gain, log_bias, noise), (z, seen, spread)
 
-    def down(state, layer):
-        gain, seen = layer
-        below = kernels.down(state, seen, width, *gain)
-        return below, below[:2]
-
-    top, (below, hs, spreads) = lax.scan(up, first, (gains[1:], noise))
+    top, (below, hs, spreads) = lax.scan(up, first, (gains[1:], noise if noise is None else noise[: depth - 1]))
     zs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, top)
     cotangent_of = lambda log_scale: readout.cotangent(static.loss, log_scale, top.cov, top.mean, t, out_dim)  # noqa: E731
     cotangent, change = jax.jvp(cotangent_of, (top.scale,), (jnp.ones_like(top.scale),))
-    start = cotangent.log_norm, cotangent.gram, cotangent.coherent
-    _, found = lax.scan(down, start, (gains[1:], hs), reverse=True)
+    layers = gains[1:], hs, _feedback(hs, zs.scale, gains[1:], width) if has_mean else jnp.ones_like(hs.bend)
+    coherent = cotangent.coherent
+    if has_mean:
+        coherent = coherent + _own_sums(cotangent, top.cov, zs.scale[-2], hs, gains[-1], width)
+    start = cotangent.log_norm, cotangent.gram, coherent
+    found = _descend(start, layers, width)
     norms, grams = (jnp.concatenate([a, b[None]]) for a, b in zip(found, start[:2], strict=True))
     h = jnp.concatenate([log_x[0][None], hs.log_h + 0.5 * math.log(width)]), jnp.concatenate([log_x[1][None], hs.h])
     log_delta = 0.5 * logsumexp(2 * norms, axis=1)
     z_top = 0.5 * math.log(out_dim) + top.scale
-    share = 1 - jnp.exp(2 * (log_bias - top.scale))
     if has_mean:
-        finite = jnp.zeros((depth - 1, *top.cov.shape), x.dtype), jnp.zeros(depth - 1, x.dtype)
+        mean_log, std = _typical_sums(norms, cotangent, start, layers, width, noise)
     else:
-        orthogonal = static.weights == "orthogonal"
+        share, orthogonal = 1 - jnp.exp(2 * (log_bias - top.scale)), static.weights == "orthogonal"
         cov = scatter.covariances(spreads, cotangent.cosine, hs.slope, share * change.log_norm, width, orthogonal=orthogonal)
-        finite = cov, _shift(static, first, gains[1, 1], sigma_b, 1 + (cotangent.alignment - 1) * jnp.mean(share))
-    mean_log, std = _typical(norms, cotangent, *finite)
+        shift = _shift(static, first, gains[1, 1], sigma_b, 1 + (cotangent.alignment - 1) * jnp.mean(share))
+        mean_log, std = _typical(norms, cotangent, cov, shift)
     return Prediction(
         q=jnp.mean(jnp.exp(2 * zs.scale), axis=1),
         c=_mean_pair(zs.cov + zs.mean[:, :, None] * zs.mean[:, None]),
@@ -208,6 +206,54 @@ def _typical(norms, cotangent, cov, shift):
     mean = jnp.mean(draws, axis=1)
     between = jnp.mean(jnp.square(draws - mean[:, None]), axis=1)
     return 0.5 * (mean + above(shift) - 0.5 * within), 0.5 * jnp.sqrt(between + within)
+
+
+def _descend(state, layers, width):
+    """ln(E |delta_a|^2) / 2 [l, B] and the correlations of the cotangents [l, B, B] at each of the layers."""
+
+    def down(state, layer):
+        gain, seen, feedback = layer
+        below = kernels.down(state, seen, width, *gain, feedback)
+        return below, below[:2]
+
+    return lax.scan(down, state, layers, reverse=True)[1]
+
+
+def _feedback(hs, scales, gains, width):
+    """By what the sums of delta over the units change [L-1, B], since weights that z depends on are met again on the way back.
+
+    By parts, the fluctuating half of W_{l+1} has E[(g delta)_j] = sigma^2 / n h_j sum_i delta_i phi''_i / phi'_i: of the order of
+    1 / sqrt(n) of what its mean brings, and summed over units as that is.
+    """
+    above = jnp.concatenate([hs.bend[1:] * jnp.exp(scales[:-2] - scales[1:-1]), jnp.zeros_like(hs.bend[:1])])
+    ratio = kernels.divide(jnp.square(gains[:, 1]), gains[:, 0] * math.sqrt(width))
+    return jnp.exp(ratio[:, None] * above * hs.mixed)
+
+
+def _own_sums(cotangent, cov, scale, hs, gain, width):
+    """What to add to the sums at the readout, since delta_L looks at outputs y made of the weights that it meets on its way back.
+
+    Of W_L delta_L the part along h_{L-1} is y . delta_L / |h|, not a fresh number; summed over units it is as large as all else.
+    """
+    share = hs.mixed[-1] * jnp.exp(scale - hs.log_h[-1])  # of a sum over units of phi' h, in all of h
+    ratio = kernels.divide(jnp.square(gain[1]), jnp.square(gain[0]) * width)
+    c = kernels.over(cov, jnp.sqrt(jnp.diagonal(cov)))
+    return ratio * share[:, None] * share[None] * (cotangent.pull - c * cotangent.gram)
+
+
+def _typical_sums(norms, cotangent, start, layers, width, noise):
+    """E ln and std of ln ||delta_l|| [L] for weights with a mean: one sum over units, a random number, rules all layers below."""
+    mean, std = _typical(norms, cotangent, *(jnp.zeros_like(v) for v in (layers[1].slope, norms[:-1, 0])))
+    layers, last = (jax.tree.map(lambda a, i=i: a[i], layers) for i in (slice(None, -1), -1))
+    gain, seen, feedback = last
+    log_norm, gram, coherent = kernels.down(start, seen, width, *gain, feedback)
+    # From above comes alpha sqrt(n) E phi' times the sum there; the rest is new.
+    passed = gain[0] * math.sqrt(width) * seen.mean_slope * jnp.exp(start[0] + seen.log_slope - log_norm)
+    fresh = coherent - passed[:, None] * passed[None] * cotangent.coherent
+    sums = passed[None] * cotangent.sums[:_NUM_SUMS] + jnp.dot(noise[-_NUM_SUMS:], readout.root_of(fresh).T, precision="highest")
+    walk = lambda sums: _descend((log_norm, gram, sums[:, None] * sums[None]), layers, width)[0]  # noqa: E731
+    each = 0.5 * logsumexp(2 * jax.vmap(walk)(sums), axis=2)  # [K, L-2]
+    return jnp.concatenate([jnp.mean(each, axis=0), mean[-2:]]), jnp.concatenate([jnp.std(each, axis=0), std[-2:]])
 
 
 def _shift(static, first, sigma, sigma_b, alignment):
@@ -235,4 +281,4 @@ def _mean_pair(c):
     """Mean of [L, B, B] over distinct pairs."""
     num = c.shape[-1]
     off = jnp.sum(c, axis=(1, 2)) - jnp.trace(c, axis1=1, axis2=2)
-    return off / (num * (num - 1)) if num > 1 else jnp.full_like(off, jnp.nan)
+    return jnp.clip(off / (num * (num - 1)), -1, 1) if num > 1 else jnp.full_like(off, jnp.nan)

@@ -38,6 +38,8 @@ class Cotangent(NamedTuple):
       gram: E delta_a . delta_b over the two norms. Shape [B, B].
       coherent: E (sum_i delta_ai) (sum_i delta_bi) over the same. Shape [B, B].
       log_sq: ln |delta_a|^2 of each draw. Shape [num, B].
+      sums: sum_i delta_ai of each draw over e^log_norm. Shape [num, B].
+      pull: E (y_a . delta_a) (y_b . delta_b) over the norms of delta and the stds of y, y without its mean. Shape [B, B].
       cosine: E of the squared cosine between delta_a and delta_b. Shape [B, B].
       alignment: E (y . delta)^2 / |delta|^2 over K, mean over the batch, as `finite_width.backward` wants it. Shape [].
     """
@@ -46,6 +48,8 @@ class Cotangent(NamedTuple):
     gram: Array
     coherent: Array
     log_sq: Array
+    sums: Array
+    pull: Array
     cosine: Array
     alignment: Array
 
@@ -100,7 +104,8 @@ def cotangent(name: str, log_scale: Array, cov: Array, mean: Array, t: Any, out_
     scale = inverse[:, None] * inverse[None]
     square = jnp.sum(jnp.square(delta), axis=1)  # [M, B]
     variance = jnp.maximum(jnp.diagonal(cov), jnp.finfo(cov.dtype).tiny)
-    along = jnp.square(jnp.sum(y * delta, axis=1)) / jnp.where(square > 0, square, 1.0)
+    along = jnp.sum(y * delta, axis=1) * lax.rsqrt(variance)[None]
+    pulls = along * inverse[None]
     direction = delta * lax.rsqrt(jnp.where(square > 0, square, jnp.inf))[:, None]
     cosines = jnp.einsum("mca,mcb->mab", direction, direction, precision="highest")
     log_batch = float(np.log(num))
@@ -109,8 +114,10 @@ def cotangent(name: str, log_scale: Array, cov: Array, mean: Array, t: Any, out_
         gram=gram * scale,
         coherent=coherent * scale,
         log_sq=_log(square) + 2 * (unit - log_batch)[None],
+        sums=jnp.sum(delta, axis=1) * inverse[None],
+        pull=jnp.dot(pulls.T, pulls, precision="highest") / pulls.shape[0],
         cosine=jnp.mean(jnp.square(cosines), axis=0),
-        alignment=jnp.mean(jnp.mean(along, axis=0) / variance),
+        alignment=jnp.mean(jnp.square(along) / jnp.where(square > 0, square, 1.0)),
     )
 
 
