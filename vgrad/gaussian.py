@@ -154,7 +154,7 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     def smooth(z):
         return facts.phi(z) - sum((jump * jnp.maximum(z - b, 0) for jump, b in zip(jumps, breaks, strict=True)), jnp.zeros_like(z))
 
-    both = jnp.stack(jax.jvp(smooth, (z,), (jnp.ones_like(z),))) * weight
+    both = jnp.stack(jax.jvp(smooth, (z,), (jnp.ones_like(z),))) * weight[None]
     rest, slopes = jnp.dot(both, jnp.asarray(_HERMITE.T, q.dtype), precision="highest")
     kinks, steps = (jnp.dot(a, jumps, precision="highest") for a in _kink(cuts))
     return Series(rest, slopes, std * kinks, steps, jumps, cuts, std)
@@ -168,6 +168,7 @@ def coefficients(f: Callable, q, *, mean=0.0, num: int = NUM_TERMS) -> Array:
     q, mean = _floats(q, mean)
     y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
     values = f(mean + jnp.sqrt(_positive(q)) * y)
+    weight = jnp.broadcast_to(weight, values.shape)
     return jnp.dot(values * weight, jnp.asarray(_HERMITE[:num].T, q.dtype), precision="highest")
 
 
@@ -242,16 +243,16 @@ def _hermite_functions(y, num):
 
 
 def _orthant(h, k, c):
-    """P(x > h, y > k) of standard normals of correlation c: Plackett's integral over the angle. Broadcasts."""
+    """P(x > h, y > k) of standard normals of correlation c []: Plackett's integral over the angle. h [M, 1], k [1, M] -> [M, M]."""
     angle = jnp.arcsin(c)
-    left, right, weight = (jnp.asarray(a, c.dtype) for a in _trapezoid(0.4))
+    left, right, weight = (jnp.asarray(a, c.dtype)[None, None] for a in _trapezoid(0.4))
     theta = angle * right
     # cos(theta) near a right angle, from the distance to it
     cos = jnp.where(angle > 0, jnp.sin(0.5 * np.pi - angle + angle * left), jnp.cos(theta))
-    h, k = h[..., None], k[..., None]
+    h, k = h[:, :, None], k[:, :, None]
     quadratic = (jnp.square(h - k) + 2 * h * k * (1 - jnp.sin(theta))) / (2 * jnp.square(jnp.maximum(cos, 1e-30)))
     integral = angle * jnp.sum(jnp.exp(-quadratic) * weight, axis=-1)
-    return ndtr(-h[..., 0]) * ndtr(-k[..., 0]) + integral / (2 * np.pi)
+    return ndtr(-h[:, :, 0]) * ndtr(-k[:, :, 0]) + integral / (2 * np.pi)
 
 
 def _kink(h):
