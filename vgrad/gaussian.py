@@ -44,7 +44,7 @@ def _trapezoid(step):
     return left, right, weight
 
 
-_LEFT, _RIGHT, _WEIGHT = _trapezoid(0.2)
+_LEFT, _RIGHT, _WEIGHT = _trapezoid(0.17)
 _EVEN = np.linspace(-_REACH, _REACH, 2**14)
 NUM_TERMS = 192
 
