@@ -18,16 +18,25 @@ LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
     [
-        {"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"},
+        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction"}, {"meanfield"},
         {"lanes"}, {"backprop", "profile", "jacobian"},
     ],
     [{"fit", "sweep"}, {"reduction"}],
-    [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots", "chunks", "cost", "study_table"}, {"chunkstore", "task"}, {"study"}, {"cli"}],
+    [
+        {"flows", "jaxprs", "probes", "diagnosis"}, {"sites"}, {"instrument"}, {"diagnose"}, {"monitor"},
+        {"summary", "testing", "repair"},
+    ],
+    [
+        {"data", "store", "plots", "theory_plots", "target", "chunks", "cost", "study_table"}, {"chunkstore", "task"}, {"study"},
+        {"verdicts"}, {"cli"},
+    ],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
+THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
 MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data", "chunks", "chunkstore", "cost", "task", "study_table"}
+EDGE = {
+    "study", "store", "plots", "theory_plots", "verdicts", "target", "cli", "data", "chunks", "chunkstore", "cost", "task",
+    "study_table",
+}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 
