@@ -45,7 +45,7 @@ def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array])
 
     Returns:
       (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are what
-      the forward pass saw, with an axis per loop in front: (site, "z") -> [3], the norm of the preactivation as (sumsq, exponent) and
+      the forward pass saw, with an axis per loop in front: (site, "z") -> [3], the norm of the preactivation as of `norm_of`, and
       1 where the site was reached; (site, "w") -> [2], that of the weights; (site, "phi") -> [2], fractions of dead units and of
       saturated entries.
     """
