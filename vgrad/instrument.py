@@ -242,10 +242,11 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
         token, values = carry
         port, own, sliced = slices
         inputs = _put(_put(xs, carried, values), scanned, sliced)
-        within = _Scope(scope.plan, own, {"token": token + port}, {}, [])
+        passing = _Frame(dict(zip(moved, values, strict=False)), set(moved), dict.fromkeys(moved, 1), {"eqn": 0})
+        within = _Scope(scope.plan, own, {"token": token + port}, {}, [passing])
         out, out_hot = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
         static["hot"] = out_hot
-        new, ys = [*values[: len(moved)], *out[:num_carry]], list(out[num_carry:])
+        new, ys = [*passing.env.values(), *out[:num_carry]], list(out[num_carry:])
         # What leaves for the next iteration and what leaves the loop come back at exponents of their own.
         leaving = [k for k, y in enumerate(ys) if out_hot[num_carry + k] and _is_float(y)]
         staying = [k for k, x in enumerate(new) if _is_float(x)]
