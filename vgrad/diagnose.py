@@ -3,8 +3,12 @@
     report = vgrad.diagnose(loss_fn, params, *args)
 
 for any differentiable function of a pytree of parameters: nothing is registered or rewritten, and no framework is imported. The
-function is traced, `vgrad.sites` finds the products that parameters feed, `vgrad.instrument` puts a probe behind each of them, and one
-backward pass reads them all: delta = dJ/dz, and dJ/dW from it, at any magnitude. It costs about one gradient, and a compilation.
+function is traced, `vgrad.sites` finds the products that parameters feed, `vgrad.instrument` puts a probe behind each of them, and
+one backward pass reads them all,
+
+    delta = dJ/dz,    dJ/dW = (dz/dW)^T delta,
+
+at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient, and a compilation.
 
 >>> import jax, jax.numpy as jnp, vgrad
 >>> params = [jax.random.normal(key, (50, 50)) / 50**0.5 for key in jax.random.split(jax.random.key(0), 12)]
@@ -79,7 +83,7 @@ def diagnose(
     for other in runs:
         now, _ = _arrays(other)
         if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
-            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected the same: drop an incomplete last batch.")
+            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop a smaller last one.")
         read.append(jax.device_get(measure(leaves, now)))
     return _assemble(plan, names, leaves, read)
 
@@ -135,7 +139,7 @@ def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays):
         raise TypeError(f"loss_fn is {type(loss_fn).__name__}, expected a function (params, *args) -> scalar.")
 
     def flat(leaves, arrays):
-        out = loss_fn(rebuild(leaves), *restore(arrays))
+        out: Any = loss_fn(rebuild(leaves), *restore(arrays))
         if has_aux:
             if not isinstance(out, tuple | list) or len(out) != 2:
                 raise ValueError(f"loss_fn returned {type(out).__name__} with has_aux=True, expected a pair (loss, aux).")
@@ -244,5 +248,5 @@ def _unread(plan: Plan, names, leaves):
     shown = {site.name for site in plan.sites.values()}
     return tuple(
         name for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if plan.used >> i & 1 and leaf.ndim > 1 and name not in shown
+        if plan.used >> i & 1 and i not in plan.biases and name not in shown and sum(n > 1 for n in leaf.shape) > 1
     )  # fmt: skip

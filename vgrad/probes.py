@@ -6,9 +6,9 @@ linear in the cotangent, so at any point of the program all cotangents in flight
 
     c_i -> c_i 2^-e,    E -> E + e,    2^(e-1) <= max_i max|c_i| < 2^e,
 
-which is exact, if somebody keeps E. A **token** does: a number, always zero, that is threaded through the program beside the values,
-so that its own cotangent travels down with theirs, and that cotangent is E. The transposes of ordinary sums do the rest: where
-tokens are added, E is copied to each of them.
+which is exact, if somebody keeps E. A **token** does: a number, always zero, that is threaded through the program beside the
+values, so that its own cotangent travels down with theirs, and that cotangent is E. The transposes of ordinary sums do the rest:
+where tokens are added, E is copied to each of them.
 """
 
 from typing import Any
@@ -17,10 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vgrad import activations
 from vgrad.base import Array
 from vgrad.scaled import exponent, pow2, reach, scale
 
-__all__ = ["NUM_STATS", "norm_of", "probe", "split", "stats_dtype", "zero_token"]
+__all__ = ["NUM_STATS", "flatness", "norm_of", "probe", "seen", "split", "stats_dtype", "zero_token"]
 
 NUM_STATS = 6  # of a probe: the norms of delta and of dJ/dW, the exponent that is common to both, the fraction of zeros in delta
 _NONE = -(2.0**30)  # the "exponent" of zero: below all others
@@ -36,6 +37,26 @@ def norm_of(x: Array) -> Array:
     x = _wide(x)
     largest = jnp.max(x, initial=0)
     return jnp.stack([jnp.sum(jnp.square(x / jnp.where(largest == 0, 1, largest))), largest])
+
+
+def seen(z: Array) -> Array:
+    """What the forward pass notes of a value, [3]: its norm as of `norm_of`, and a 1, for it was there."""
+    n = norm_of(lax.stop_gradient(z))
+    return jnp.concatenate([n, jnp.ones(1, n.dtype)])
+
+
+def flatness(phi: str, z: Array, units: tuple[int, ...]) -> Array:
+    """Of the slopes phi'(z), [2]: the fraction of units, along these axes, where it is zero for all samples, and the fraction of
+    entries where it is below a tenth of its greatest. NaN for an activation that is not registered."""
+    dtype = stats_dtype(z)
+    if phi not in activations.REGISTRY or not z.size:
+        return jnp.full(2, jnp.nan, dtype)
+    known = activations.facts(phi)
+    z = lax.stop_gradient(z)
+    slope = jnp.abs(jax.jvp(known.phi, (z,), (jnp.ones_like(z),))[1])
+    dead = jnp.all(slope == 0, axis=tuple(a for a in range(z.ndim) if a not in units))
+    flat = slope < 0.1 * max(map(abs, known.slope_range))
+    return jnp.stack([jnp.mean(dead.astype(dtype)), jnp.mean(flat.astype(dtype))])
 
 
 @jax.custom_vjp
