@@ -156,6 +156,7 @@ def test_linen_lstm_over_time():
     def written_out():
         h = c = jnp.zeros((B, N))
         for t in range(T):
+
             def gate(name, t=t, h=h):
                 x = zeros(f"{prefix}/i{name}/kernel[{t}]", TOKENS[:, t] @ cell[f"i{name}"]["kernel"])
                 return x + zeros(f"{prefix}/h{name}/kernel[{t}]", h @ cell[f"h{name}"]["kernel"]) + cell[f"h{name}"]["bias"][None]
@@ -224,6 +225,7 @@ def test_equinox_transformer(pre):
     def written_out():
         x = TOKENS
         for i, norm in enumerate(model.norms):
+
             def block(h, i=i):
                 at, layer = f"attention/{i // 2}", model.attention[i // 2]
                 if i % 2:

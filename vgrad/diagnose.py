@@ -35,9 +35,7 @@ from vgrad.sites import Plan, Site, analyse, tap
 __all__ = ["Diagnosis", "diagnose", "tap"]
 
 
-def diagnose(
-    loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None
-) -> Diagnosis:
+def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None) -> Diagnosis:
     """What the gradient of a loss does on its way through a model.
 
     Args:
@@ -83,7 +81,7 @@ def diagnose(
     for other in runs:
         now, _ = _arrays(other)
         if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
-            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop a smaller last one.")
+            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop the last.")
         read.append(jax.device_get(measure(leaves, now)))
     return _assemble(plan, names, leaves, read)
 

@@ -17,20 +17,8 @@ from typing import Any, NamedTuple
 
 from jax.ad_checkpoint import checkpoint_name
 
-from vgrad.jaxprs import (
-    CHECKPOINTS,
-    INLINED,
-    LAYOUT,
-    PRODUCTS,
-    activation,
-    bodies,
-    is_float,
-    is_literal,
-    opened,
-    products,
-    split_operands,
-    units,
-)
+from vgrad import jaxprs
+from vgrad.jaxprs import bodies, is_float, is_literal, opened, products
 
 __all__ = ["Flow", "Path", "Plan", "Site", "analyse", "tap"]
 
@@ -156,14 +144,14 @@ class _Walk(NamedTuple):
 
     def equation(self, eqn, flows, here) -> list[Flow]:
         name = eqn.primitive.name
-        if name in PRODUCTS:
+        if name in jaxprs.PRODUCTS:
             return self.product(eqn, flows, here)
         if name == "name" and is_float(eqn.outvars[0].aval):
             return [self.site(eqn, flows, here, "tap", str(eqn.params["name"]), -1, 0, flows[0])]
         tagged = [k for k, f in enumerate(flows) if f.tags]
-        if tagged and activation(eqn):
-            return self.activated(eqn, flows, here, tagged[0], activation(eqn))
-        if name in INLINED | CHECKPOINTS:
+        if tagged and jaxprs.activation(eqn):
+            return self.activated(eqn, flows, here, tagged[0], jaxprs.activation(eqn))
+        if name in jaxprs.INLINED | jaxprs.CHECKPOINTS:
             body, consts = opened(bodies(eqn)[0])
             return self.walk(body, [Flow()] * len(consts), flows, here)
         if name == "scan":
@@ -176,7 +164,7 @@ class _Walk(NamedTuple):
             return flows
         if bodies(eqn) and any(products(b) for b in bodies(eqn)):
             return self.opaque(eqn, flows, here)
-        if name in LAYOUT:
+        if name in jaxprs.LAYOUT:
             return [self.layout(eqn, flows, v) for v in eqn.outvars]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
 
@@ -185,7 +173,7 @@ class _Walk(NamedTuple):
         depth = 1 + max(f.depth for f in flows)
         aval = eqn.outvars[output].aval
         self.plan.sites[here] = Site(
-            here, kind, name, depth, operand, output, units(eqn, operand, output), aval.shape, aval.dtype, self.loops
+            here, kind, name, depth, operand, output, jaxprs.units(eqn, operand, output), aval.shape, aval.dtype, self.loops
         )
         tags = (*out.tags, here) if kind == "tap" else (here,)
         return out._replace(depth=depth, tags=tags, own=True, acted=("", ()), uniform=False)
@@ -197,7 +185,7 @@ class _Walk(NamedTuple):
             return [merged._replace(data=True)]
         only_params = all(f.rank >= 2 and not f.data for f in flows[:2])
         out = merged._replace(leaf=flows[operand].leaf, rank=2) if only_params else merged._replace(data=True)
-        return [self.site(eqn, flows, here, PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
+        return [self.site(eqn, flows, here, jaxprs.PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
 
     def opaque(self, eqn, flows, here):
         """An equation that is not entered, for it has a derivative of its own or none: one site, its largest output."""
@@ -216,7 +204,7 @@ class _Walk(NamedTuple):
 
     def scan(self, eqn, flows, here):
         body, consts = opened(bodies(eqn)[0])
-        num_consts, num_carry = split_operands(eqn, body)
+        num_consts, num_carry = jaxprs.split_operands(eqn, body)
         base = max([0, *(f.depth for f in flows)])
         plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", ()), uniform=False)  # noqa: E731
         inner = [plain(f) for f in flows]
@@ -232,6 +220,12 @@ class _Walk(NamedTuple):
         step = max([0, *(f.depth - base for f in out[:num_carry])])
         loops = (*self.loops, (len(here), length, step, reverse))
         out = self._replace(loops=loops).walk(body, [Flow()] * len(consts), inner, here)
+        # A block that starts with its activation meets the preactivations of the iteration before: then only the name is known.
+        before = zip(flows[carry], inner[carry], out[:num_carry], strict=True)
+        inner[carry] = [f._replace(tags=(*first.tags, *last.tags)) for first, f, last in before]
+        scratch.walk(body, [Flow()] * len(consts), inner, here)
+        for site, (_, _, name) in scratch.plan.phi.items():
+            self.plan.phi.setdefault(site, ((), -1, name))
         return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
 
     def cond(self, eqn, flows, here):
