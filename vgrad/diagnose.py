@@ -32,7 +32,7 @@ from vgrad.diagnosis import Diagnosis, following_site
 from vgrad.instrument import probes_for, run
 from vgrad.sites import Plan, Site, analyse, tap
 
-__all__ = ["Diagnosis", "diagnose", "tap"]
+__all__ = ["Diagnosis", "diagnose", "rows_of", "tap"]
 
 
 def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None) -> Diagnosis:
@@ -169,7 +169,7 @@ def _by_site(plan: Plan, stats, facts):
     return [of(path) for path in sorted(plan.sites)]
 
 
-def _rows(site: Site):
+def rows_of(site: Site):
     """(order, index, depth) of every time a site is passed."""
     for index in np.ndindex(*(length for _, length, _, _ in site.loops)):
         key, depth = list(site.path), site.depth
@@ -188,7 +188,7 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
     for n, site in enumerate(sites):
         count[site.name] = count.get(site.name, 0) + 1
         label = site.name + (f"#{count[site.name]}" if count[site.name] > 1 else "")
-        for key, index, depth in _rows(site):
+        for key, index, depth in rows_of(site):
             suffix = f"[{','.join(map(str, index))}]" if index else ""
             rows.append((key, label + suffix, site, depth, [np.asarray(readings[n][index], np.float64) for _, readings, _ in runs]))
     rows.sort(key=lambda row: row[0])

@@ -251,7 +251,8 @@ class _Walk(NamedTuple):
         merged = _merged(flows)
         same = [k for k in range(len(flows)) if shape(k) == out.aval.shape]
         # Weights computed from a leaf: by parameters and constants alone, or divided by one number such as a spectral norm.
-        leaf = max(same, key=lambda k: flows[k].rank, default=-1)
+        fits = [k for k in range(len(flows)) if len(shape(k)) == len(out.aval.shape)]  # an axis of length 1 may be broadcast
+        leaf = max(fits, key=lambda k: (flows[k].rank, math.prod(shape(k))), default=-1)
         if leaf >= 0 and flows[leaf].rank >= 2 and all(k == leaf or not f.data or f.uniform for k, f in enumerate(flows)):
             self.plan.derived[here] = leaf
             merged = merged._replace(leaf=flows[leaf].leaf, rank=2, data=False)
