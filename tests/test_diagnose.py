@@ -18,7 +18,10 @@ LABELS = np.arange(B) % N
 
 
 def mlp(scale=2**0.5):
-    return {f"layer{i}": {"w": scale * jax.random.normal(k, (N, N)) / N**0.5, "b": jnp.zeros((1, N))} for i, k in enumerate(KEYS[:DEPTH])}
+    return {
+        f"layer{i}": {"w": scale * jax.random.normal(k, (N, N)) / N**0.5, "b": jnp.zeros((1, N))}
+        for i, k in enumerate(KEYS[:DEPTH])
+    }
 
 
 def loss_fn(params, x=X, phi=jax.nn.relu):
@@ -143,14 +146,16 @@ def test_sigmoid_to_e_minus_700_equals_profile():
     assert report.site[:2] == ("embed/w", "hidden/w[0]")
     assert report.site[-1] == "readout/w"
     assert set(report.activation[:-2]) == {"sigmoid"}
-    assert report.rate.value == pytest.approx(vgrad.fit.decay_rate(prof.log_delta[None, None], [400]).mean_log.value[0, 0], rel=0.01)
+    assert report.rate.value == pytest.approx(
+        vgrad.fit.decay_rate(prof.log_delta[None, None], [400]).mean_log.value[0, 0], rel=0.01
+    )
 
 
 def test_the_advice_has_numbers():
     report = vgrad.diagnose(loss_fn, mlp(0.4), X, jnp.tanh)
     verdict = report.verdict()
     assert "VANISHES" in verdict
-    assert f"critical sigma_w of tanh, {float(vgrad.meanfield.critical_sigma_w('tanh')):.3g}" in verdict
+    assert "critical sigma_w of tanh, 1 " in verdict  # chi_1 = sigma_w^2 at sigma_b = 0
     by = float(verdict.split("multiply them by ")[1].split(".\n")[0])
     assert by == pytest.approx(1 / 0.4, rel=4 / N)  # the std of 16 x 16 draws, median of six: 4 standard errors and more
     assert "0.38 f(x)" in verdict  # 1 / sqrt(7)
@@ -195,7 +200,13 @@ def test_shared_parameters_appear_at_every_use():
 
 
 def test_unused_and_unread_parameters_are_reported():
-    params = {"w": jnp.ones((N, N)), "e": jnp.ones((5, N)), "stopped": jnp.ones((N, N)), "b": jnp.ones((1, N)), "never": jnp.ones(3)}
+    params = {
+        "w": jnp.ones((N, N)),
+        "e": jnp.ones((5, N)),
+        "stopped": jnp.ones((N, N)),
+        "b": jnp.ones((1, N)),
+        "never": jnp.ones(3),
+    }
 
     def loss(p, x):
         x = (p["e"][np.arange(B) % 5] + x) @ p["w"] + p["b"]
@@ -357,3 +368,14 @@ def test_nan_in_the_parameters_is_reported():
     assert report.status[3] == "non-finite"
     assert "layer3/w" in report.verdict()
     assert "NON-FINITE" in report.verdict()
+
+
+def test_figure(healthy):
+    from vgrad import plots
+
+    figure = plots.diagnosis(healthy)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), healthy.log_delta)
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == list(healthy.site)
+    dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
+    crosses = plots.diagnosis(dead).axes[0].lines[-1]
+    assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]

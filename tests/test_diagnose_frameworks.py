@@ -199,10 +199,10 @@ class Encoder(eqx.Module):
     pre: bool = eqx.field(static=True)
 
     def __init__(self, pre, key):
-        keys = jax.random.split(key, 4)
-        self.attention = [eqx.nn.MultiheadAttention(2, N, key=k) for k in keys[:2]]
-        self.mlp = [eqx.nn.MLP(N, N, 16, 1, jax.nn.gelu, key=k) for k in keys[2:]]
-        self.norms = [eqx.nn.LayerNorm(N) for _ in range(4)]
+        keys = jax.random.split(key)
+        self.attention = [eqx.nn.MultiheadAttention(2, N, key=keys[0])]
+        self.mlp = [eqx.nn.MLP(N, N, 16, 1, jax.nn.gelu, key=keys[1])]
+        self.norms = [eqx.nn.LayerNorm(N) for _ in range(2)]
         self.pre = pre
 
     def __call__(self, x):  # [T, N], one sample
@@ -243,7 +243,7 @@ def test_equinox_transformer(pre):
             x = x + block(normed(x)) if pre else normed(x + block(x))
         return jnp.sum(jnp.sin(x))
 
-    agrees(report, zeros.deltas(written_out), at_least=12)
+    agrees(report, zeros.deltas(written_out), at_least=6)
 
 
 def test_equinox_lstm_and_mlp():

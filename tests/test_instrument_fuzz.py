@@ -85,7 +85,7 @@ def in_jax(steps):
         "flat": lambda w: w.reshape(N, N),
         "scaled": lambda w: 0.5 * w,
         "masked": lambda w: w * MASK,
-        "broadcast": lambda w: w[:1] + jnp.zeros((N, N)),
+        "broadcast": lambda w: jnp.broadcast_to(w[:1], (N, N)),
     }
 
     def dense(step, w, h):
@@ -161,7 +161,7 @@ def measured(steps, params, x):
 def test_equals_finite_differences(x64, group):
     for n in range(21):
         rng = np.random.default_rng(1000 * group + n)
-        steps, params = draw(rng, rng.integers(3, 9), loops=n < 2)
+        steps, params = draw(rng, rng.integers(3, 9), loops=n == 0)
         x = rng.normal(size=(B, N))
         loss, log_delta = measured(steps, params, jnp.asarray(x))
         num = sum({"dense": 1, "scan": T, "cond": 1}.get(s[0], 0) for s in steps)

@@ -183,8 +183,9 @@ class _Walk(NamedTuple):
         operand = max(range(2), key=lambda k: (flows[k].rank, k))
         if not flows[operand].rank or not is_float(eqn.outvars[0].aval):
             return [merged._replace(data=True)]
-        only_params = all(f.rank >= 2 and not f.data for f in flows[:2])
-        out = merged._replace(leaf=flows[operand].leaf, rank=2) if only_params else merged._replace(data=True)
+        # A product of two views may be a factorised weight; what is computed from parameters otherwise may be data closed over.
+        factors = all(f.rank == 3 for f in flows[:2])
+        out = merged._replace(leaf=flows[operand].leaf, rank=2) if factors else merged._replace(data=True)
         return [self.site(eqn, flows, here, jaxprs.PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
 
     def opaque(self, eqn, flows, here):
@@ -251,8 +252,7 @@ class _Walk(NamedTuple):
         merged = _merged(flows)
         same = [k for k in range(len(flows)) if shape(k) == out.aval.shape]
         # Weights computed from a leaf: by parameters and constants alone, or divided by one number such as a spectral norm.
-        fits = [k for k in range(len(flows)) if len(shape(k)) == len(out.aval.shape)]  # an axis of length 1 may be broadcast
-        leaf = max(fits, key=lambda k: (flows[k].rank, math.prod(shape(k))), default=-1)
+        leaf = max(same, key=lambda k: flows[k].rank, default=-1)
         if leaf >= 0 and flows[leaf].rank >= 2 and all(k == leaf or not f.data or f.uniform for k, f in enumerate(flows)):
             self.plan.derived[here] = leaf
             merged = merged._replace(leaf=flows[leaf].leaf, rank=2, data=False)
