@@ -196,7 +196,7 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
     read = np.moveaxis(np.array([row[4] for row in rows]), 2, 0)  # [13, rows, runs]
     log_of = lambda k: 0.5 * np.log(read[k]) + np.log(read[k + 1])  # noqa: E731
     size = np.array([max(1, np.prod(row[2].shape)) for row in rows])[:, None]
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         fields = {
             "log_delta": log_of(0) + read[4] * np.log(2),
             "log_grad_w": log_of(2) + read[4] * np.log(2),
@@ -242,9 +242,11 @@ def _status(kind, reached, means, i):
 
 
 def _unread(plan: Plan, names, leaves):
-    """Used leaves with two axes or more that are at no site."""
-    shown = {site.name for site in plan.sites.values()}
-    return tuple(
-        name for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if plan.used >> i & 1 and i not in plan.biases and name not in shown and sum(n > 1 for n in leaf.shape) > 1
-    )  # fmt: skip
+    """Used matrices, tables and kernels that are at no site. A stack of vectors is none of them."""
+    shown = {part for site in plan.sites.values() for part in plan.joined.get(site.name, [site.name])}
+
+    def missing(i):
+        axes = sum(n > 1 for n in leaves[i].shape) - (i in plan.stacked)
+        return plan.used >> i & 1 and axes > 1 and i not in plan.biases and names[i] not in shown
+
+    return tuple(name for i, name in enumerate(names) if missing(i))

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from vgrad.base import Array
+from vgrad.flows import Path
 from vgrad.jaxprs import CHECKPOINTS, INLINED, bodies, evaluate, is_float, is_literal, opened, split_operands
 from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
-from vgrad.sites import Path, Plan
+from vgrad.sites import Plan
 
 __all__ = ["probes_for", "run"]
 
