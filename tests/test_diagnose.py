@@ -379,3 +379,58 @@ def test_figure(healthy):
     dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
     crosses = plots.diagnosis(dead).axes[0].lines[-1]
     assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]
+
+
+def weight_norm(p, x):
+    return x @ (p["a"] * (jnp.sqrt(jnp.float32(N)) / jnp.linalg.norm(p["a"], axis=0))[None])
+
+
+def spectral_norm(p, x):
+    u = lax.stop_gradient(jnp.tanh(p["a"] @ x[0]))
+    return x @ (p["a"] / jnp.linalg.norm(u))
+
+
+def low_rank(p, x):
+    return x @ (p["a"] + 0.1 * (p["b"][:, :2] @ p["c"][:2]))
+
+
+def fused(p, x):
+    return x @ jnp.concatenate([p["a"], p["b"]], axis=1)
+
+
+def stacked(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack([p["a"], p["b"], p["c"]]))[0]
+
+
+def chosen(p, x):
+    return jnp.einsum("bi,bio->bo", x, jnp.stack([p["a"], p["b"]])[jnp.argmax(x[:, :2], axis=-1)])
+
+
+def closed_over(p, x):
+    h = X * p["b"][:1]  # computed from a parameter and nothing else that the program shows
+    return (h @ p["a"]) @ (h @ p["c"]).T
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows"),
+    [
+        (weight_norm, {"a": "a"}),
+        (spectral_norm, {"a#2": "a"}),
+        (low_rank, {"a": "a", "c": "c"}),
+        (fused, {"a+b": "ab"}),
+        (stacked, {"a+b+c[0]": "a", "a+b+c[1]": "b", "a+b+c[2]": "c"}),
+        (chosen, {"a+b": "ab"}),
+        (closed_over, {"a": "a", "c": "c"}),
+    ],
+)
+def test_weights_computed_from_parameters(layer, rows):
+    """Through normalisation, factors, concatenation and choice, dJ/dW is that of the leaves, all roads from them included."""
+    params = {k: jax.random.normal(KEYS[i], (N, N)) / 4 for i, k in enumerate("abc")}
+    loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)) ** 2)  # noqa: E731
+    report = vgrad.diagnose(loss, params, X)
+    grads = jax.jit(jax.grad(loss))(params, X)
+    found = {s: v for s, v, status in zip(report.site, report.log_grad_w, report.status, strict=True) if status == "ok"}
+    assert found.keys() == rows.keys()
+    for site, leaves in rows.items():
+        expected = 0.5 * np.log(sum(np.sum(np.square(np.asarray(grads[k], np.float64))) for k in leaves))
+        np.testing.assert_allclose(found[site], expected, atol=1e-5, err_msg=site)  # same maths, two routes

@@ -21,7 +21,7 @@ from jax import lax
 
 from vgrad.base import Array
 from vgrad.flows import Path
-from vgrad.jaxprs import CHECKPOINTS, INLINED, bodies, evaluate, is_float, is_literal, opened, split_operands
+from vgrad.jaxprs import CHECKPOINTS, INLINED, Weights, bodies, evaluate, is_float, is_literal, opened, split_operands
 from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
 from vgrad.sites import Plan
 
@@ -48,7 +48,7 @@ def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array])
     """
     jaxpr, consts = opened(closed)
     scope = _Scope(plan, probes, {"token": zero_token()}, {}, [])
-    out, _ = scope.walk(jaxpr, [*consts, *leaves, *args], [False] * (len(consts) + len(leaves) + len(args)), (), {})
+    out, _, _ = scope.walk(jaxpr, [*consts, *leaves, *args], [False] * (len(consts) + len(leaves) + len(args)), (), {})
     return out, scope.state["token"], scope.facts
 
 
@@ -73,52 +73,59 @@ class _Scope(NamedTuple):
     facts: Facts
     frames: list[_Frame]
 
-    def walk(self, jaxpr, values, hot, path, origins):
-        """Evaluates a jaxpr on the values of its constants and arguments. Returns the outputs, and which of them are hot."""
+    def walk(self, jaxpr, values, hot, path, weights):
+        """Evaluates a jaxpr on the values of its constants and arguments; `weights` are the `Weights` among them, by position.
+
+        Returns the outputs, which of them are hot, and their `Weights`.
+        """
         variables = [*jaxpr.constvars, *jaxpr.invars]
         last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
         last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not is_literal(v)}
         frame = _Frame(dict(zip(variables, values, strict=True)), set(), last, {"eqn": -1})
         frame.hot.update(v for v, h in zip(variables, hot, strict=True) if h)
-        origins = {variables[k]: origin for k, origin in origins.items()}
+        weights = {variables[k]: w for k, w in weights.items()}
         read = lambda v: v.val if is_literal(v) else frame.env[v]  # noqa: E731
         is_hot = lambda v: not is_literal(v) and v in frame.hot  # noqa: E731
         self.frames.append(frame)
         for i, eqn in enumerate(jaxpr.eqns):
             frame.at["eqn"] = i
             xs, hs = [read(v) for v in eqn.invars], [is_hot(v) for v in eqn.invars]
-            mine = {k: origins[v] for k, v in enumerate(eqn.invars) if not is_literal(v) and v in origins}
-            out, out_hot = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
+            known = [(k, v) for k, v in enumerate(eqn.invars) if not is_literal(v)]
+            if (*path, i) in self.plan.derived or eqn.primitive.name in INLINED:
+                for k, v in known:
+                    weights.setdefault(v, Weights.leaf_of(xs[k]))
+            mine = {k: weights[v] for k, v in known if v in weights}
+            out, out_hot, out_weights = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
+            weights |= {eqn.outvars[k]: w for k, w in out_weights.items()}
             for v, x, h in zip(eqn.outvars, out, out_hot, strict=True):
                 frame.env[v] = x
                 if h and is_float(x):
                     frame.hot.add(v)
-            origins.update(_origin(jaxpr, eqn, xs, mine, self.plan.derived.get((*path, i))))
             if (*path, i) in self.plan.sites:
                 self.settle()
             for v in {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v) and last.get(v, -1) <= i}:
                 frame.env.pop(v, None)
-        out = [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars]
         self.frames.pop()
-        return out
+        kept = {k: weights[v] for k, v in enumerate(jaxpr.outvars) if not is_literal(v) and v in weights}
+        return [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars], kept
 
-    def equation(self, jaxpr, eqn, xs, hot, here, origins):
+    def equation(self, jaxpr, eqn, xs, hot, here, weights):
         name = eqn.primitive.name
         inside = any(p[: len(here)] == here and len(p) > len(here) for p in self.plan.sites)
         reads_phi = [site for site, (at, _, _) in self.plan.phi.items() if at == here]
         if name in INLINED and not reads_phi:
             body, consts = opened(bodies(eqn)[0])
             num = len(consts)
-            return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: o for k, o in origins.items()})
+            return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: w for k, w in weights.items()})
         if inside and name in _ENTER:
-            return _ENTER[name](self, eqn, xs, hot, here)
+            return (*_ENTER[name](self, eqn, xs, hot, here), {})
         if name == "while":  # has no transpose: a loss that depends on it differentiably has no gradient either
             xs = lax.stop_gradient(xs)
         out = evaluate(jaxpr, eqn, xs)
         site, hot = self.plan.sites.get(here), [any(hot) and name != "stop_gradient"] * len(out)
         if site is not None:
             out, hot = list(out), [True] * len(out)
-            out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, origins)
+            out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, weights.get(site.operand))
         for path in self.plan.biased.get(here, ()):
             self.facts[path, "z"] = seen(out[0])
         for path in reads_phi:
@@ -126,21 +133,20 @@ class _Scope(NamedTuple):
             site = self.plan.sites[path]
             z = xs[operand]
             self.facts[path, "phi"] = flatness(phi, z, site.units if z.shape == site.shape else (z.ndim - 1,))
-        return out, hot
+        derived = self.plan.derived.get(here)
+        return out, hot, {} if derived is None else {0: Weights.derived(jaxpr, eqn, xs, weights, derived)}
 
-    def probed(self, jaxpr, eqn, xs, z, site, origins):
+    def probed(self, jaxpr, eqn, xs, z, site, weights):
         weights_vjp = None
         if site.operand >= 0:
-            base, fn = origins.get(site.operand, (xs[site.operand], lambda v: v))
-            rest, base = lax.stop_gradient(([x for k, x in enumerate(xs) if k != site.operand], base))
-            self.facts[site.path, "w"] = norm_of(base)
+            weights, rest = weights or Weights.leaf_of(xs[site.operand]), lax.stop_gradient(xs)
+            self.facts[site.path, "w"] = norm_of(weights.leaf)
 
-            def product(w):
-                operands = [*rest[: site.operand], fn(w), *rest[site.operand :]]
-                return evaluate(jaxpr, eqn, operands)[site.output]
+            def product(leaf):
+                return evaluate(jaxpr, eqn, _put(rest, [site.operand], [weights.make({weights.key: leaf})]))[site.output]
 
             if eqn.primitive.name != "while":
-                _, weights_vjp = jax.vjp(product, base)
+                _, weights_vjp = jax.vjp(product, weights.leaf)
         self.facts[site.path, "z"] = seen(z)
         z, self.state["token"] = probe(z, self.probes[site.path], self.state["token"], weights_vjp)
         return z
@@ -177,7 +183,7 @@ def _checkpoint(scope: _Scope, eqn, xs, hot, here):
 
     def call(probes, token, xs):
         within = _Scope(scope.plan, probes, {"token": token}, {}, [])
-        out, static["hot"] = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
+        out, static["hot"], _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
         return out, within.state["token"], within.facts
 
     options = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
@@ -198,7 +204,7 @@ def _cond(scope: _Scope, eqn, xs, hot, here):
 
         def call(probes, token, *xs):
             within = _Scope(scope.plan, probes, {"token": token}, {}, [])
-            out, out_hot = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
+            out, out_hot, _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
             static.append(out_hot)
             return out, within.state["token"], within.facts
 
@@ -246,7 +252,7 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
         inputs = _put(_put(xs, carried, values), scanned, sliced)
         passing = _Frame(dict(zip(moved, values, strict=False)), set(moved), dict.fromkeys(moved, 1), {"eqn": 0})
         within = _Scope(scope.plan, own, {"token": token + port}, {}, [passing])
-        out, out_hot = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
+        out, out_hot, _ = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
         static["hot"] = out_hot
         new, ys = [*passing.env.values(), *out[:num_carry]], list(out[num_carry:])
         # What leaves for the next iteration and what leaves the loop come back at exponents of their own.
@@ -267,18 +273,6 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
 
 
 _ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}
-
-
-def _origin(jaxpr, eqn, xs, origins, derived) -> dict:
-    """The outputs that are computed from a parameter leaf otherwise than by moving its entries: the leaf and the function."""
-    name = eqn.primitive.name
-    copies = name in ("broadcast_in_dim", "gather")
-    k = derived if derived is not None else 0 if (origins.get(0) or copies) else None
-    if k is None or len(eqn.outvars) != 1 or name in INLINED or (k not in origins and derived is None and not copies):
-        return {}
-    base, fn = origins.get(k, (xs[k], lambda v: v))
-    others = list(lax.stop_gradient([x for j, x in enumerate(xs) if j != k]))
-    return {eqn.outvars[0]: (base, lambda v: evaluate(jaxpr, eqn, [*others[:k], fn(v), *others[k:]])[0])}
 
 
 def _put(xs, where, values):
