@@ -2,13 +2,14 @@
 PYTHON ?= python3
 BIN := .venv/bin
 .DEFAULT_GOAL := help
-.PHONY: help study test check bench faults figures clean
+.PHONY: help study test check bench bench-million faults figures clean
 
 help:
 	@echo "make study   measure the decay of gradients on real data: table, labelled data, pictures (results/)"
 	@echo "make test    the test-suite"
 	@echo "make check   ruff, the type checker, then the suite"
 	@echo "make bench   the benchmarks (minutes)"
+	@echo "make bench-million  a million networks; on CPU a fraction of them"
 	@echo "make faults  kill -9, signals, a full disk, done to the real command (minutes; the last as root)"
 	@echo "make figures the study again, and from it what docs/ shows"
 
@@ -24,8 +25,9 @@ help:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[study,test]"
 	@touch $@ .venv/.study
 
+# A study that was stopped goes on.
 study: .venv/.study
-	$(BIN)/python -m vgrad study
+	$(BIN)/python -m vgrad study --resume
 
 test: .venv/.test
 	$(BIN)/python -m pytest -n 2
@@ -37,6 +39,10 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+
+# On CPU a stated fraction of it, extrapolated.
+bench-million: .venv/.test
+	$(BIN)/python experiments/benchmarks/million.py
 
 faults: .venv/.test
 	$(BIN)/python tests/faults/run.py

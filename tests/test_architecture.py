@@ -17,14 +17,26 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
-    [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
-    [{"fit", "sweep"}],
-    [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots", "chunks", "cost", "study_table"}, {"chunkstore", "progress", "task"}, {"study"}, {"cli"}],
+    [
+        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction"}, {"meanfield"},
+        {"lanes"}, {"backprop", "profile", "jacobian"},
+    ],
+    [{"fit", "sweep"}, {"reduction"}],
+    [
+        {"flows", "jaxprs", "probes", "diagnosis"}, {"sites"}, {"instrument"}, {"diagnose"}, {"monitor"},
+        {"summary", "testing", "repair"},
+    ],
+    [
+        {"data", "store", "plots", "theory_plots", "target", "chunks", "cost", "study_table"}, {"chunkstore", "progress", "task"}, {"study"},
+        {"verdicts"}, {"cli"},
+    ],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
-MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data", "chunks", "chunkstore", "cost", "progress", "task", "study_table"}
+THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
+MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
+EDGE = {
+    "study", "store", "plots", "theory_plots", "verdicts", "target", "cli", "data", "chunks", "chunkstore", "cost", "progress",
+    "task", "study_table",
+}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

@@ -2,11 +2,15 @@
 
 from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
+from vgrad.diagnose import diagnose, tap
+from vgrad.diagnosis import Diagnosis
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
+from vgrad.reduction import sweep_statistics
 from vgrad.sweep import sweep
 
 __all__ = [
-    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop",
+    "Affine", "Block", "Diagnosis", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "diagnose",
     "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp", "profile", "stack", "sweep",
+    "sweep_statistics", "tap",
 ]  # fmt: skip

@@ -136,7 +136,7 @@ def _affine_cotangent(precision, c, seen, facts, w):
     delta = square(scale(c, -e))
     if seen.shape[1] != w.shape[0]:
         gram = jnp.tensordot(seen, c, 1, precision=precision)
-        grad_w = jnp.sum(scale(gram, -e) * scale(c, -e), _LANES)
+        grad_w = jnp.sum(gram * scale(c, -e), _LANES) * scale(jnp.ones((), c.dtype), -e)[0, :, 0]
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
     else:

@@ -1,7 +1,7 @@
-"""Pictures of a study, drawn from the stored data alone.
+"""Pictures of a study, drawn from the stored data alone, and of a diagnosis.
 
-Every function takes the `xarray.Dataset` of `vgrad.study.run` and returns a `matplotlib.figure.Figure`. Lines differ in style as
-well as in colour, so that they can be told apart in grey.
+The functions of a study take the `xarray.Dataset` of `vgrad.study.run`, `diagnosis` takes a `vgrad.Diagnosis`; all return a
+`matplotlib.figure.Figure`. Lines differ in style as well as in colour, so that they can be told apart in grey.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "attribution", "delta_over_layers", "grad_w1_against_depth", "save_all"]
+__all__ = ["FIGURES", "attribution", "delta_over_layers", "diagnosis", "grad_w1_against_depth", "save_all"]
 
 _STYLES = ["-", "--", "-.", ":"]
 _MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*"]
@@ -82,6 +82,48 @@ def attribution(dataset) -> Figure:
         _say_if_empty(ax)
     title = f"What the weights and the activation do to the signal at each layer, depth {depth}"
     _finish(figure, axes, dataset, "layer $l$ (1 = input)", "change, nats per layer", title)
+    return figure
+
+
+def diagnosis(report) -> Figure:
+    """A `vgrad.Diagnosis` over its sites in execution order: the backward signal, the forward signal, and units that are flat.
+
+    Bands are standard deviations over batches. A cross on the lower edge is a site without a finite reading of delta.
+    """
+    num = len(report.site)
+    labelled = num <= 48
+    figure = Figure(figsize=(max(6.5, min(0.26 * num, 12) + 1.6), 7.6), layout="constrained")
+    axes: Any = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1.3])
+    row = np.arange(num)
+    lines = [
+        (0, "log_delta", r"$\ln\,\|\delta\|$", "#3b6fb6", "-", "o"),
+        (0, "log_grad_w", r"$\ln\,\|\partial J/\partial W\|$", "#b5651d", "--", "s"),
+        (1, "log_rms_z", r"$\ln\,\mathrm{rms}\,z$", "#3b6fb6", "-", "o"),
+        (1, "log_w", r"$\ln\,\|W\|$", "#b5651d", "--", "s"),
+        (2, "dead_fraction", "dead units", "black", "-", "X"),
+        (2, "saturated_fraction", "saturated entries", "#f2b134", "--", "D"),
+        (2, "zero_fraction", r"zeros in $\delta$", "0.5", ":", "v"),
+    ]
+    for at, field, label, colour, style, marker in lines:
+        value = _finite(getattr(report, field))
+        look = dict(color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.2, label=label)
+        axes[at].plot(row, value, **look)
+        if field in report.spread:
+            spread = _finite(report.spread[field])
+            axes[at].fill_between(row, value - spread, value + spread, color=colour, alpha=0.25, linewidth=0)
+    lost = [i for i, v in enumerate(report.log_delta) if not np.isfinite(v)]
+    if lost:
+        edge = axes[0].get_xaxis_transform()
+        axes[0].plot(lost, [0.02] * len(lost), "x", color="black", transform=edge, label="no finite reading", clip_on=False)
+    for ax, ylabel in zip(axes, ("backward, nats", "forward, nats", "fraction"), strict=True):
+        ax.set_ylabel(ylabel)
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.grid(axis="x", color="0.92")
+    axes[2].set(ylim=(-0.05, 1.05), xlabel="" if labelled else "site, in execution order (input first)")
+    if labelled:
+        names = [name if len(name) <= 34 else "..." + name[-31:] for name in report.site]
+        axes[2].set_xticks(row, names, rotation=90, fontsize=7)
+    figure.suptitle("The gradient at every site, input on the left")
     return figure
 
 

@@ -29,7 +29,7 @@ from jax.sharding import PartitionSpec as Spec
 from vgrad.base import Array, Network, Profile
 from vgrad.profile import Readings, check_depths, check_loss, read, to_profile
 
-__all__ = ["grid_points", "sweep"]
+__all__ = ["Family", "by_seed", "check_count", "grid_points", "measurement", "sweep"]
 
 Family = Callable[[Mapping[str, Any]], Network]
 
@@ -72,27 +72,45 @@ def sweep(
       ValueError: an empty grid, points that differ in their names, num_seeds or batch_size below 1, and whatever `profile` and the
         family raise for bad depths, x, labels, names and numbers.
     """
-    points = grid_points(grid)
-    depths = check_depths(depths)
-    _check_count("num_seeds", num_seeds)
-    if batch_size is not None:
-        _check_count("batch_size", batch_size)
-    x, t = jax.tree.map(jnp.asarray, batch)
-    _check_points(family, points, (x, t), loss, key)
+    check_count("num_seeds", num_seeds)
+    options: dict[str, Any] = dict(key=key, batch=batch, loss=loss, nested=nested, batch_size=batch_size, mesh=mesh)
+    measure, shape = measurement(family, grid, depths=depths, **options)
+    readings = jax.device_get(measure(first_seed + np.arange(num_seeds)))
+    return to_profile(jax.tree.map(lambda a: by_seed(np.asarray(a, np.float64), num_seeds, shape), readings), check_depths(depths))
 
-    num_points = len(points)
+
+def measurement(
+    family: Family, grid, *, key: Array, depths, batch, loss: Callable, nested=True, batch_size: int | None = None, mesh=None
+) -> tuple[Callable[[np.ndarray], Readings], tuple[int, int, int]]:
+    """Checks the arguments, which are those of `sweep`.
+
+    Returns:
+      A function from seeds [S] to `Readings` of device arrays, which `by_seed` brings into the order [P, S, D, L]; and (P, D, L).
+    """
+    points, depths = grid_points(grid), check_depths(depths)
+    if batch_size is not None:
+        check_count("batch_size", batch_size)
+    batch = jax.tree.map(jnp.asarray, tuple(batch))
+    _check_points(family, points, batch, loss, key)
     stacked = {name: jnp.asarray([p[name] for p in points], jnp.result_type(float)) for name in points[0]}
-    seeds = first_seed + np.arange(num_seeds)
-    # One case per point and seed, and per depth where those are independent.
-    which = (np.arange(num_points), seeds) if nested else (np.arange(num_points), seeds, np.asarray(depths))
-    cases = [jnp.asarray(c.ravel(), jnp.int32) for c in np.meshgrid(*which, indexing="ij")]
-    num_cases = cases[0].size
-    if mesh is not None:  # uneven counts wrap around, and what was computed twice is dropped
-        cases = [jnp.resize(c, (math.ceil(num_cases / mesh.size) * mesh.size,)) for c in cases]
-    readings = _compiled(family, loss, depths, batch_size, mesh, key, stacked, cases, (x, t))
-    shape = (num_points, num_seeds, len(depths), depths[-1])
-    readings = jax.tree.map(lambda a: np.asarray(a, np.float64)[:num_cases].reshape(shape), jax.device_get(readings))
-    return to_profile(readings, depths)
+    num_points = len(points)
+
+    def measure(seeds):
+        # One case per point and seed, and per depth where those are independent.
+        which = (np.arange(num_points), seeds) if nested else (np.arange(num_points), seeds, np.asarray(depths))
+        cases = [jnp.asarray(c.ravel(), jnp.int32) for c in np.meshgrid(*which, indexing="ij")]
+        if mesh is not None:  # uneven counts wrap around, and what was computed twice is dropped
+            cases = [jnp.resize(c, (math.ceil(c.size / mesh.size) * mesh.size,)) for c in cases]
+        return _compiled(family, loss, depths, batch_size, mesh, key, stacked, cases, batch)
+
+    return measure, (num_points, len(depths), depths[-1])
+
+
+def by_seed(a, num_seeds: int, shape: tuple[int, int, int]):
+    """What `measurement` measured of so many seeds, as [P, S, D, L] and without the cases that filled up a mesh."""
+    num_points, num_depths, num_layers = shape
+    networks = a.reshape(-1, num_layers)[: num_points * num_seeds * num_depths]
+    return networks.reshape(num_points, num_seeds, num_depths, num_layers)
 
 
 def grid_points(grid: Mapping[str, Sequence] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -110,7 +128,8 @@ def grid_points(grid: Mapping[str, Sequence] | Sequence[Mapping[str, Any]]) -> l
     return points
 
 
-def _check_count(name, n):
+def check_count(name: str, n) -> None:
+    """Raises ValueError for anything but an integer of at least 1."""
     if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
         raise ValueError(f"{name} is {n!r}, expected an integer of at least 1.")
 

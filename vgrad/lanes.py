@@ -1,0 +1,235 @@
+"""Lanes: cotangents of many networks that go down through the same layers together, and how one layer is taken.
+
+The networks of one draw at depths d_1 < d_2 < ... share their first layers, so one forward pass serves all of them. The backward
+pass carries one cotangent **lane** per depth,
+
+    c_{l-1}[d] = block_l^T c_l[d],      lane d enters at its own last hidden layer,
+
+and because all lanes meet the same weights at layer l, they make one large matrix product. After every layer each lane is divided
+by a power of two that an integer exponent keeps (see `vgrad.scaled`): exact, at any depth.
+
+Lanes are laid out as [B, G, N]: c @ W^T is then a plain two-dimensional product of [B G, N] with [N, N]. They go down in small
+**groups** of neighbouring depths: one compiled loop serves all groups, few lanes run idle, and a group stays in the cache.
+
+What the backward pass needs of a layer is kept from the forward pass as long as that is little. Of a very deep network only every
+K-th state is kept, and each **segment** of K layers is walked forward once more just before it is walked back.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from vgrad.base import Block, Network
+from vgrad.layers import affine_of, with_probe
+from vgrad.scaled import Scaled, exponent, headroom, log_ratio, norm, pow2, reach, scale
+
+__all__ = ["LANE", "Lanes", "Stack", "carry", "descend", "group_size", "linearise", "readout", "segment_length", "stack"]
+
+
+class Lanes(NamedTuple):
+    """Cotangents c * 2^e, one lane per network.
+
+    Attributes:
+      c: entries of order 1. Shape [B, G, N].
+      e: exponents, int32. Shape [G].
+    """
+
+    c: Any
+    e: Any
+
+
+LANE = Lanes(1, 0)  # where vmap finds the lanes
+
+
+class Stack(NamedTuple):
+    """The hidden layers of one draw after the forward pass; functions of it, so not for the outside of a `jit`.
+
+    Attributes:
+      hidden: their parameters, stacked.
+      tops: state z below the readout of each network, a `Scaled` with a leading axis D.
+      segment: s -> what the linearisations of layers s K .. (s + 1) K - 1 keep, stacked on an axis of K.
+      vjp_of: (parameters, kept) of one layer -> c -> (cotangent of its input, norms [5, 2]).
+      length: K.
+    """
+
+    hidden: Any
+    tops: Scaled
+    segment: Callable
+    vjp_of: Callable
+    length: int
+
+
+def linearise(block: Block, params, h: Scaled):
+    """block(h), and the function from its cotangent to that of h and the norms [5, 2] seen on the way."""
+
+    def apply(m, probe):
+        out = block.apply(with_probe(params, probe), Scaled(m, h.k))
+        if not isinstance(out, Scaled):
+            raise TypeError(f"apply returned {type(out).__name__} where it was given a Scaled.")
+        return out.m, out.k
+
+    affine_of(params)
+    try:
+        m, vjp, k = jax.vjp(apply, h.m, jnp.zeros((5, 2), h.m.dtype), has_aux=True)
+    except TypeError as error:
+        error.add_note(
+            "vgrad: build the block from the operations of vgrad.layers, or wrap what is not one of them in layers.plain."
+        )
+        raise
+    return Scaled(m, k), vjp
+
+
+def stack(block: Block, hidden, z: Scaled, entries, length: int) -> Stack:
+    """Walks z_1 up through the hidden layers.
+
+    Args:
+      hidden: parameters of L - 2 layers, stacked.
+      entries: of each network, how many hidden layers lie below its readout. Shape [D].
+      length: K; L - 2 keeps what all layers need, less walks every layer once more.
+    """
+    num, form = jax.tree.leaves(hidden)[0].shape[0], {}
+    length = max(1, min(length, num))
+
+    def one(z, p):
+        z, vjp = linearise(block, p, z)
+        leaves, form["tree"] = jax.tree.flatten(vjp)
+        own = jax.tree.leaves(p)
+        # A residual that is one of the layer's own parameters is there already: a second copy of all weights would cost more than
+        # the pass itself.
+        form["own"] = [next((i for i, q in enumerate(own) if q is leaf), None) for leaf in leaves]
+        return z, [leaf for leaf, i in zip(leaves, form["own"], strict=True) if i is None]
+
+    def vjp_of(p, kept):
+        own, kept = jax.tree.leaves(p), iter(kept)
+        return jax.tree.unflatten(form["tree"], [next(kept) if i is None else own[i] for i in form["own"]])
+
+    # Networks leave at their entries; all other layers write to one slot more, which nobody reads.
+    num_segments = -(-num // length)
+    slot = jnp.full(num_segments * length + 1, entries.shape[0], jnp.int32)
+    slot = slot.at[entries].set(jnp.arange(entries.shape[0], dtype=jnp.int32))
+    put = lambda slots, z, i: jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, i, 0), slots, z)  # noqa: E731
+    slots = put(jax.tree.map(lambda a: jnp.zeros((entries.shape[0] + 1, *a.shape), a.dtype), z), z, slot[0])
+
+    def up(state, at):
+        (z, slots), (p, i) = state, at
+        z, kept = one(z, p)
+        return (z, put(slots, z, i)), kept
+
+    if num_segments < 2:
+        (_, slots), kept = lax.scan(up, (z, slots), (hidden, slot[1:]))
+        segment = lambda s: kept  # noqa: E731
+    else:
+        layers_of = lambda s: jnp.minimum(s * length + jnp.arange(length, dtype=jnp.int32), num - 1)  # noqa: E731
+
+        def walk(state, at):
+            s, i = at
+            return lax.scan(lambda state, l: (up(state, (_at(hidden, l[0]), l[1]))[0], None), state, (layers_of(s), i))[0], state[0]
+
+        # Where the last segment is not full it repeats the last layer, to no effect.
+        which = jnp.arange(num_segments, dtype=jnp.int32)
+        (_, slots), starts = lax.scan(walk, (z, slots), (which, slot[1:].reshape(num_segments, length)))
+        segment = lambda s: lax.scan(lambda z, l: one(z, _at(hidden, l)), _at(starts, s), layers_of(s))[1]  # noqa: E731
+    return Stack(hidden, jax.tree.map(lambda a: a[:-1], slots), segment, vjp_of, length)
+
+
+def segment_length(block: Block, hidden, z: Scaled) -> int:
+    """K: all layers if what they need is less than half a GiB, else the square root of their number, which needs the least."""
+    num = jax.tree.leaves(hidden)[0].shape[0]
+    if not num:
+        return 1
+    layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), hidden)
+    kept = jax.tree.leaves(jax.eval_shape(lambda z, p: linearise(block, p, z)[1], z, layer))
+    weights = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(layer))  # these are there in any case
+    size = sum(a.size * a.dtype.itemsize for a in kept) - weights
+    return num if num * size <= 2**29 else math.isqrt(num - 1) + 1
+
+
+def group_size(entries: np.ndarray, lane: int) -> int:
+    """How many lanes, of so many entries each, go down together.
+
+    A group walks from its deepest entry, so a larger one has more idle lanes and a smaller one more steps. On CPU it should also
+    stay in the cache: there a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator
+    is idle below millions.
+    """
+    step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
+    cost = lambda size: (step + size * lane) * sum(entries[::-1][::size] + 1)  # noqa: E731
+    return min(range(1, max(1, min(len(entries), most // lane)) + 1), key=cost)
+
+
+def readout(net: Network, params, z: Scaled, loss: Callable):
+    """The lane that a network sends down from its readout, with the norms [5, 2] of the readout and the LogNorm [2] of z_L."""
+    y, vjp = linearise(net.readout, params, z)
+    lane = _loss_cotangent(lambda y: loss(net.output(y)), y)
+    c, norms = vjp(lane.c)
+    return _rescaled(c, lane.e), carry(norms[None], lane.e[None])[0], jnp.stack(norm(y))
+
+
+def descend(lanes: Lanes, entries, stack: Stack):
+    """Takes lanes, which enter at `entries` [G], down to z_1.
+
+    Returns:
+      `Lanes` at z_1, and the norms [num_hidden, G, 5, 2] read on the way; zero above the deepest.
+    """
+    num_hidden, top = jax.tree.leaves(stack.hidden)[0].shape[0], jnp.max(entries)
+    read = jnp.zeros((num_hidden, entries.shape[0], 5, 2), lanes.c.dtype)
+    if not num_hidden:  # nothing to index, not even in a loop of no steps
+        return lanes, read
+
+    def admit(c, e, l):
+        """The lanes below layer l, with the network in its place whose readout stands there."""
+        enters = entries == l
+        return Lanes(jnp.where(enters[None, :, None], lanes.c, c), jnp.where(enters, lanes.e, e))
+
+    def layer(l, first, kept, state):
+        (c, e), read = state
+        c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)), in_axes=1, out_axes=(1, 0))(c)
+        # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
+        by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
+        return admit(scale(c, -by), e + by[0, :, 0], l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+
+    def segment(s, state):
+        first, kept = s * stack.length, stack.segment(s)
+        last = jnp.minimum(first + stack.length, top) - 1
+        return lax.fori_loop(0, last + 1 - first, lambda i, state: layer(last - i, first, kept, state), state)
+
+    state = admit(jnp.zeros_like(lanes.c), jnp.zeros_like(lanes.e), top), read
+    if num_hidden <= stack.length:
+        return segment(jnp.zeros((), jnp.int32), state)
+    num_segments = (top + stack.length - 1) // stack.length
+    return lax.fori_loop(0, num_segments, lambda i, state: segment(num_segments - 1 - i, state), state)
+
+
+def carry(norms, e):
+    """Norms [D, 5, 2] that were read on lanes of exponent e: all but the last belong to the cotangent."""
+    return norms + e[:, None, None].astype(norms.dtype) * jnp.asarray([[[0, 1]] * 4 + [[0, 0]]], norms.dtype)
+
+
+def _at(tree, l):
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, l, keepdims=False), tree)
+
+
+def _rescaled(c, e):
+    """One lane with its entries brought to order 1. Exact."""
+    by = exponent(c)
+    return Lanes(pow2(c, -by), e + by)
+
+
+def _loss_cotangent(loss, y: Scaled):
+    """dJ/dy at any magnitude of y: beyond the headroom, a power law fitted between two points within it.
+
+    Of degree 1 for the squared error of an exploding output, 0 for the cross-entropy, and exact to rounding for both.
+    """
+    edge, step = jnp.sign(y.k) * headroom(y.m.dtype), 6
+    g, nearer = (jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside)) for inside in (0, step))
+    degree = jnp.round(log_ratio(_norm(g), _norm(nearer)) / (step * jnp.log(2.0).astype(g.dtype)))
+    degree = jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
+    return _rescaled(g, degree * (y.k - edge))
+
+
+def _norm(x):
+    return norm(Scaled(x, jnp.zeros((), jnp.int32)))
