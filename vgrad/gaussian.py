@@ -45,8 +45,7 @@ def _trapezoid(step):
 
 
 _LEFT, _RIGHT, _WEIGHT = _trapezoid(0.17)
-_EVEN = np.linspace(-_REACH, _REACH, 2**14)
-NUM_TERMS = 192
+_EVEN, NUM_TERMS = np.linspace(-_REACH, _REACH, 2**14), 192
 
 
 def rule_options(phi: str | Phi | activations.Activation) -> dict[str, Any]:
@@ -70,8 +69,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
       declared cost about 1e-3. NaN where f grows so fast that |z| > 9.5 sqrt(q) matters, exp(z^2) for instance, where f itself is
       NaN, or for a negative q. Derivatives in q and mean are those of the density, so f may have jumps.
     """
-    at_zero = isinstance(mean, float) and mean == 0  # then y = 0 and z = 0 are one cut
-    q, mean = _floats(q, mean)
+    at_zero, (q, mean) = isinstance(mean, float) and mean == 0, _floats(q, mean)  # then y = 0 and z = 0 are one cut
     side = float(jnp.finfo(q.dtype).tiny) ** 0.75  # at q = 0 both sides of the mean are seen still, and its square is 0
     std, centre = jnp.maximum(jnp.sqrt(lax.stop_gradient(q)), side), lax.stop_gradient(mean)
     cuts = [b for b in breakpoints if not isinstance(b, float) or b] if at_zero else [0.0, *breakpoints]
@@ -185,7 +183,7 @@ def _tail(smooth, facts, q, mean, mean_given, values, slopes):
 
 
 def coefficients(f: Callable, q, *, num: int = NUM_TERMS) -> Array:
-    """E[f(sqrt(q) y) He_k(y)] / sqrt(k!), k < num <= 192, of f from [n] to [..., n]: good to 1e-3 if f jumps, but at zero. [..., num]"""
+    """E[f(sqrt(q) y) He_k(y)] / sqrt(k!) [..., num], num <= 192, of f from [n] to [..., n]. Jumps of f, but at 0, cost digits."""
     (q,) = _floats(q)
     y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
     values = f(jnp.sqrt(_positive(q)) * y)
