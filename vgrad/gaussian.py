@@ -79,7 +79,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
     far, edge = jnp.abs(values[..., jnp.array([0, -1])]).max(-1), jnp.abs(centre) + _REACH * std
     # Heavy beyond the reach, and steeper than any polynomial one meets: the tail may well be all there is of a tame f.
     heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log1p(jnp.square(edge)))
-    return jnp.where(heavy | ~jnp.isfinite(total) | (q < 0), jnp.nan, total)
+    return jnp.where(heavy | ~jnp.isfinite(total) | ~(q >= 0) | jnp.isnan(mean), jnp.nan, total)
 
 
 @jax.custom_jvp
@@ -205,10 +205,10 @@ def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
     def at(c):
         c = jnp.clip(c, -1, 1)
         (value, slope), _ = lax.scan(lambda total, x: (total * c + x, None), 0 * coefficients[0] * c, coefficients, unroll=16)
-        size = jnp.maximum(jnp.abs(c), 0.5)  # nothing of a power of 192 and more is left below
+        size, sign = jnp.maximum(jnp.abs(c), 0.5), jnp.where(c < 0, -1.0, 1.0)  # below a half nothing is left of such powers
         power = 0.5 * (a.tail[1] + b.tail[1])
-        term = a.tail[0] * b.tail[0] * jnp.stack([jnp.ones_like(c), jnp.sign(c)]) * jnp.exp(power * jnp.log(size))
-        value, slope = value + jnp.sum(term), slope + jnp.sum(power * term) / (jnp.sign(c) * size * a.std * b.std)
+        term = a.tail[0] * b.tail[0] * jnp.stack([jnp.ones_like(sign), sign]) * jnp.exp(power * jnp.log(size))
+        value, slope = value + jnp.sum(term), slope + jnp.sum(power * term) / (sign * size * a.std * b.std)
         if not jumps.size:
             return value, slope
         s = jnp.sqrt(_positive((1 - c) * (1 + c)))
@@ -230,7 +230,7 @@ def _positive(q):
 
 
 def _density(y):
-    return jnp.exp(-0.5 * jnp.square(y)) / np.sqrt(2 * np.pi)
+    return jnp.exp(-0.5 * jnp.square(y)) / math.sqrt(2 * math.pi)
 
 
 def _nodes(cuts, oscillates, dtype):
