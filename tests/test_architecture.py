@@ -17,12 +17,15 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
-    [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
+    [
+        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction"}, {"meanfield"},
+        {"backprop", "profile", "jacobian"},
+    ],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
     [{"data", "store", "plots"}, {"study"}, {"cli"}],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
+THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
 EDGE = {"study", "store", "plots", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together

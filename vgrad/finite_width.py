@@ -173,6 +173,7 @@ def backward(phi: str | Phi, widths, *, q, sigma_w, sigma_b=0.0, weights: str = 
 
     def up(state, n):
         p, mean, variance = state
+        p = jnp.where(p > 0, jnp.clip(p, 1e-12, 1e12), jnp.nan)  # beyond, phi is a power: a, b and the rest no longer change
         m = _moments(phi, p + sigma_b**2, p / (p + sigma_b**2), weights)
         above = m.a * mean + m.a_2 * variance / 2 + (m.shift_a - m.spread / 2) / n
         return (sigma_w**2 * m.square, above, m.a**2 * variance + m.spread / n), ((mean, variance), m)

@@ -30,7 +30,7 @@ from jax.scipy.special import ndtr
 from vgrad import activations
 from vgrad.base import Array, Phi
 
-__all__ = ["Series", "correlator", "expect", "expect_pair", "rule_options", "series"]
+__all__ = ["Series", "coefficients", "correlator", "expect", "expect_pair", "rule_options", "series"]
 
 _REACH = 9.5  # standard deviations; the density there is 1e-20
 
@@ -160,6 +160,17 @@ def series(phi: str | Phi | activations.Activation, q, *, mean=0.0) -> Series:
     return Series(rest, slopes, std * kinks, steps, jumps, cuts, std)
 
 
+def coefficients(f: Callable, q, *, mean=0.0, num: int = NUM_TERMS) -> Array:
+    """Hermite coefficients E[f(z) He_k(y)] / sqrt(k!), k < num <= 192, of f from [n] to [..., n]. Shape [..., num].
+
+    Kinks and jumps of f cost accuracy here, about 1e-3, unless they are at the mean.
+    """
+    q, mean = _floats(q, mean)
+    y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
+    values = f(mean + jnp.sqrt(_positive(q)) * y)
+    return jnp.dot(values * weight, jnp.asarray(_HERMITE[:num].T, q.dtype), precision="highest")
+
+
 def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
     """From two `Series` of one activation, c [] -> (E phi(u1) phi(u2), E phi'(u1) phi'(u2)), for correlation c in [-1, 1].
 
@@ -220,10 +231,14 @@ def _jump(phi, b, dtype):
 
 def _hermite_functions(y, num):
     """He_k(y) / sqrt(k!), k < num, stacked in front. Normalised so, they neither over- nor underflow."""
-    rows = [np.ones_like(y), y] if isinstance(y, np.ndarray) else [jnp.ones_like(y), y]
-    for k in range(1, num - 1):
-        rows.append((y * rows[-1] - math.sqrt(k) * rows[-2]) / math.sqrt(k + 1))
-    return rows
+    up, by = np.sqrt(np.arange(num)), np.sqrt(np.arange(1, num + 1))
+    if not isinstance(y, np.ndarray):
+        up, by, zero = jnp.asarray(up, y.dtype), jnp.asarray(by, y.dtype), jnp.zeros_like(y)
+        return lax.scan(lambda rows, k: (((y * rows[0] - k[0] * rows[1]) / k[1], rows[0]), rows[0]), (zero + 1, zero), (up, by))[1]
+    rows = [np.zeros_like(y), np.ones_like(y)]
+    for k in range(num - 1):
+        rows.append((y * rows[-1] - up[k] * rows[-2]) / by[k])
+    return np.stack(rows[1:])
 
 
 def _orthant(h, k, c):
@@ -242,10 +257,10 @@ def _orthant(h, k, c):
 def _kink(h):
     """Hermite coefficients of max(y - h, 0) and of its derivative, h [M] -> two of [K, M]."""
     near = jnp.clip(h, -12, 12)  # beyond, the density has nothing left of them
-    rows = [_density(near) * row / math.sqrt(k) for k, row in enumerate(_hermite_functions(near, NUM_TERMS - 1), 1)]
-    steps = jnp.stack([ndtr(-h), *rows])
-    integrals = [step / math.sqrt(k) for k, step in enumerate(steps[:-1], 1)]
-    return jnp.stack([_density(h) - h * ndtr(-h), *integrals]), steps
+    root = jnp.sqrt(jnp.arange(1, NUM_TERMS, dtype=h.dtype))[:, None]
+    first = lambda v, rest: jnp.concatenate([v[None], rest])  # noqa: E731
+    steps = first(ndtr(-h), _density(near)[None] * _hermite_functions(near, NUM_TERMS - 1) / root)
+    return first(_density(h) - h * ndtr(-h), steps[:-1] / root), steps
 
 
 def _hermite_rule():
@@ -255,7 +270,7 @@ def _hermite_rule():
     weight[0] *= 1 / -np.expm1(-0.15)
     y = np.concatenate([-half[::-1], half])
     weight = np.concatenate([weight[::-1], weight]) * np.exp(-0.5 * np.square(y)) / math.sqrt(2 * math.pi)
-    return (y, weight), np.stack(_hermite_functions(y, NUM_TERMS))
+    return (y, weight), _hermite_functions(y, NUM_TERMS)
 
 
 _HERMITE_NODES, _HERMITE = _hermite_rule()

@@ -55,11 +55,12 @@ from vgrad.moments import (
     table,
     tolerance,
 )
+from vgrad.prediction import Prediction, predict
 
 __all__ = [
-    "Asymptotics", "CriticalPoints", "DepthScales", "FixedPoints", "Universality", "asymptotics", "c_map", "c_star", "chi", "chi_1",
-    "chi_par", "critical_line", "critical_points", "critical_sigma_w", "depth_scales", "fixed_points", "gain", "phase", "q_map",
-    "q_star", "universality",
+    "Asymptotics", "CriticalPoints", "DepthScales", "FixedPoints", "Prediction", "Universality", "asymptotics", "c_map", "c_star",
+    "chi", "chi_1", "chi_par", "critical_line", "critical_points", "critical_sigma_w", "depth_scales", "fixed_points", "gain",
+    "phase", "predict", "q_map", "q_star", "universality",
 ]  # fmt: skip
 
 
