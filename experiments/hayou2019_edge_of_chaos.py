@@ -10,8 +10,9 @@ N(0, q), and a jump J at each b,
     without jumps  1 - c_l ~ 2 / (sigma_w^2 q E phi''^2 l),
     with jumps     1 - c_l ~ (2 / (kappa l))^2,    kappa = (2/3) sigma_w^2 sum J^2 p(b) sqrt(q / pi):
 
-9 pi^2 / (2 l^2) for relu, the paper's constant. The theory's maps, iterated, show the exponent to 0.02 and the constant to 5 per
-cent. So tanh, erf, elu, gelu and silu carry information deeper than relu, selu and the saturating hard_tanh. Minutes on a CPU.
+9 pi^2 / (2 l^2) for relu, the paper's constant. The theory's maps, iterated 1000 times, have come within 0.12 of the exponent and
+within 12 per cent of the constant (the next order is l^-1/2 for elu, ln l / l for the rest). So tanh, erf, elu, gelu and silu carry
+information deeper than relu, selu and hard_tanh. Two minutes on a CPU.
 """
 
 import json
@@ -38,10 +39,10 @@ class Config:
     width: int = 256
     depth: int = 40
     num_seeds: int = 32
-    steps: int = 20_000  # of the maps
+    steps: int = 1000  # of the maps
 
 
-PAPER, TINY = Config(), Config(("relu", "tanh", "hard_tanh"), 64, 20, 32)
+PAPER, TINY = Config(), Config(("relu", "tanh"), 64, 16, 24)
 
 
 class Row(NamedTuple):
@@ -127,8 +128,8 @@ def check(result: list[Row]) -> None:
         assert abs(nothing) < 1e-5, row
         assert down < 0 < up, row
         assert row.chi_par < 1 + 1e-9, row
-        assert abs(row.power[0] - row.power[1]) < 0.02, row
-        assert abs(row.constant[0] / row.constant[1] - 1) < 0.05, row
+        assert abs(row.power[0] - row.power[1]) < 0.12, row
+        assert abs(row.constant[0] / row.constant[1] - 1) < 0.12, row
         assert row.phi != "relu" or abs(row.constant[1] - 4.5 * np.pi**2) < 1e-6, row
 
 
