@@ -106,7 +106,7 @@ def gradients(config, sigmas):
 
 def growth(phi, sigma_w):
     """ln(chi_1) / 2; of relu, at any length."""
-    return 0.5 * np.log(meanfield.chi_1(phi, sigma_w=sigma_w, sigma_b=SIGMA_B[phi], q=1.0 if phi == "relu" else None))
+    return 0.5 * jnp.log(meanfield.chi_1(phi, sigma_w=sigma_w, sigma_b=SIGMA_B[phi], q=1.0 if phi == "relu" else None))
 
 
 def run(config: Config) -> list[Row]:

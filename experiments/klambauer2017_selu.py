@@ -6,8 +6,8 @@ But at that point
 
     chi_1 = E selu'(u)^2 = lambda^2 (1 / 2 + alpha^2 e^2 Phi(-2)) = 1.0716 > 1:
 
-gradients explode slowly, ln(chi_1) / 2 = +0.0346 per layer, a factor e in 29 layers. Claims: the measured rate of ln(E||delta||^2) / 2
-is that, to 4 s.e. + 1.5 / N; the length stays, |ln q_l| < 4 s.e. + 4 / N from layer 20 on, whether it starts at 1/4 or 4. At the
+gradients explode slowly, ln(chi_1) / 2 = +0.0346 per layer, a factor e in 29 layers. Claims: the measured rate is that, to 4 s.e.
++ 1.5 / N; the length stays, |ln q_l| < 4 s.e. + 4 / N from layer 20 on, whether it starts at 1/4 or 4. At the
 critical sigma_w for sigma_b = 0.2, 0.9375, the gradient stays too. The gain 3/4 that PyTorch gives for selu leads to a length of
 0.023 and chi_1 = 1.0037: calm, because the signal has shrunk to where selu is nearly linear. Half a minute on a CPU.
 """

@@ -23,11 +23,11 @@ LEVELS = [
     ],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots"}, {"study"}, {"cli"}],
+    [{"data", "store", "plots", "theory_plots"}, {"study"}, {"verdicts"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data"}
+EDGE = {"study", "store", "plots", "theory_plots", "verdicts", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

@@ -1,4 +1,4 @@
-"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured.
+"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad predict` and `vgrad phase` compute.
 
 Options and their help come from the types and docstrings of the functions and of `vgrad.study.Config`.
 """
@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import tyro
 
-from vgrad import store
+from vgrad import data as datasets
+from vgrad import prediction, store
 from vgrad import study as studies
 
 __all__ = ["main"]
@@ -65,6 +66,67 @@ def _plot(results: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     print(studies.table(dataset))
     for written in plots.save_all(dataset, folder):
         print(written)
+
+
+@app.command(name="predict")
+def _predict(
+    phi: str = "tanh",
+    depth: int = 50,
+    sigma_w: float = 1.0,
+    sigma_b: float = 0.0,
+    width: int = 128,
+    batch: int = 64,
+    data: Path | None = None,
+) -> None:
+    """Predict the profile of a network without drawing one, say in words what will happen, and how to initialize instead.
+
+    Args:
+        phi: Activation, by name.
+        depth: Number of weight matrices.
+        sigma_w: Standard deviation of the weights, times sqrt(fan_in).
+        sigma_b: Standard deviation of the biases.
+        width: Units per hidden layer.
+        batch: Samples in the batch.
+        data: Your own data, as for `vgrad study`. Default: handwritten digits.
+    """
+    from vgrad import verdicts
+
+    source = datasets.load(data)
+    x, t = source.batch(batch, 0)
+    loss = "cross_entropy" if t.ndim == 1 else "squared_error"
+    with jax.enable_x64(True):  # critical points and depth scales near them want more than six digits
+        sigmas = dict(sigma_w=sigma_w, sigma_b=sigma_b)
+        predicted = prediction.predict(phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, **sigmas)
+        outlook = verdicts.outlook(phi, sigma_w, sigma_b)
+    print(f"By theory, for {batch} samples of {source.name}; q: variance of the preactivations, c: correlation of two inputs.\n")
+    print(verdicts.profile_table(predicted), verdicts.summary(outlook, predicted), verdicts.advice(outlook), sep="\n\n")
+
+
+@app.command(name="phase")
+def _phase(
+    phi: str = "tanh",
+    sigma_w: tuple[float, float] = (0.3, 3.0),
+    sigma_b: tuple[float, float] = (0.0, 1.5),
+    points: int = 96,
+    out: Path = Path("results"),
+) -> None:
+    """Draw the phase diagram of an activation: where gradients vanish, hold and explode, and how deep one can train.
+
+    Args:
+        phi: Activation, by name.
+        sigma_w: Range of the standard deviation of the weights, times sqrt(fan_in).
+        sigma_b: Range of that of the biases.
+        points: Points on each axis.
+        out: Folder for the figure.
+    """
+    from vgrad import theory_plots
+
+    store.check_writable(out)
+    with jax.enable_x64(True):
+        diagram = theory_plots.diagram(phi, sigma_w, sigma_b, points)
+        path = out / f"phase_{phi}.png"
+        theory_plots.phase_diagram(diagram).savefig(path, dpi=130)
+    print(path)
 
 
 def _all_devices():

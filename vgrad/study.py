@@ -28,7 +28,7 @@ from vgrad.sweep import sweep
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["SCHEMES", "Config", "Row", "Scheme", "run", "scheme", "table", "verdicts"]
+__all__ = ["SCHEMES", "Config", "Row", "Scheme", "decimal", "run", "scheme", "table", "verdict", "verdicts"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,7 +240,7 @@ def verdicts(dataset: "xarray.Dataset") -> list[Row]:
                 phi=str(dataset.phi.values[i]),
                 init=str(dataset.init.values[j]),
                 sigma_w=float(dataset.sigma_w[i, j]),
-                verdict=_verdict(log_ratio),
+                verdict=verdict(log_ratio),
                 rate=float(rates.value[n, 0]),
                 stderr=float(rates.stderr[n, 0]),
                 log_ratio=log_ratio,
@@ -251,7 +251,8 @@ def verdicts(dataset: "xarray.Dataset") -> list[Row]:
     return rows
 
 
-def _verdict(log_ratio):
+def verdict(log_ratio: float) -> str:
+    """The word for a ln(||delta_1|| / ||delta_{L-1}||), with the thresholds of `Row`."""
     if math.isnan(log_ratio):
         return "no reading"
     if math.isinf(log_ratio):
