@@ -48,7 +48,7 @@ class Prediction(NamedTuple):
       c: correlation of the preactivations of two samples, mean over the distinct pairs. NaN for a batch of one.
       log_delta, log_grad_w, log_grad_b, log_h: ln(E ||.||^2) / 2 in the limit of infinite width, what `fit.log_mean_sq` measures.
       mean_log_delta: E ln ||delta_l||, the typical network (`fit.mean_log`), to first order in 1 / width.
-      std_log_delta: spread of ln ||delta_l|| over seeds, to the same order.
+      std_log_delta: spread of ln ||delta_l|| over seeds, to the same order. NaN where the gradient is exactly zero, -inf in logs.
     """
 
     q: Array
@@ -184,6 +184,7 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
         cov = scatter.covariances(spreads, cotangent.cosine, hs.slope, share * change.log_norm, width, orthogonal=orthogonal)
         shift = _shift(static, first, gains[1, 1], sigma_b, 1 + (cotangent.alignment - 1) * jnp.mean(share))
         mean_log, std = _typical(norms, cotangent, cov, shift)
+    dead = jnp.isneginf(log_delta)
     return Prediction(
         q=jnp.mean(jnp.exp(2 * zs.scale), axis=1),
         c=_mean_pair(zs.cov + zs.mean[:, :, None] * zs.mean[:, None]),
@@ -191,8 +192,8 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
         log_grad_w=jax.vmap(kernels.inner)(norms + h[0], grams * h[1]),
         log_grad_b=jax.vmap(kernels.inner)(norms, grams),
         log_h=0.5 * logsumexp(2 * jnp.concatenate([h[0][1:], z_top[None]]), axis=1),
-        mean_log_delta=mean_log,
-        std_log_delta=std,
+        mean_log_delta=jnp.where(dead, -jnp.inf, mean_log),
+        std_log_delta=jnp.where(dead, jnp.nan, std),
     )
 
 

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.scipy.special import logsumexp
 
 from vgrad import losses
 from vgrad.base import Array
@@ -88,7 +89,11 @@ def cotangent(name: str, log_scale: Array, cov: Array, mean: Array, t: Any, out_
         same = (t[:, None] == t[None]).astype(p.dtype) - 1 / out_dim
         gram = jnp.dot(centred.T, centred, precision="highest") / p.shape[0] + same
         coherent, unit = jnp.zeros_like(gram), jnp.zeros(num, cov.dtype)
-        delta = p - jax.nn.one_hot(t, out_dim, axis=0, dtype=p.dtype)[None]
+        own = jax.nn.one_hot(t, out_dim, axis=0, dtype=p.dtype)[None]
+        delta = p - own
+        # Where the softmax saturates, 1 - p of the label is the sum of the others, and no difference.
+        others = jax.nn.log_softmax(y * size[None, None], axis=1) + jnp.where(own > 0, -jnp.inf, 0.0)
+        log_sq = jnp.logaddexp(logsumexp(2 * others, axis=1), 2 * logsumexp(others, axis=1))
     else:
         largest = jnp.sqrt(jnp.max(jnp.square(t), axis=1, initial=0.0))
         unit = jnp.maximum(log_scale, _log(largest))
@@ -99,6 +104,7 @@ def cotangent(name: str, log_scale: Array, cov: Array, mean: Array, t: Any, out_
         total = jnp.sum(miss, axis=1)
         coherent = spread + total[:, None] * total[None]
         delta = y * shrunk[None, None] + miss.T[None]
+        log_sq = _log(jnp.sum(jnp.square(delta), axis=1)) + 2 * unit[None]
     norm = jnp.sqrt(jnp.maximum(jnp.diagonal(gram), 0))
     inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
     scale = inverse[:, None] * inverse[None]
@@ -113,7 +119,7 @@ def cotangent(name: str, log_scale: Array, cov: Array, mean: Array, t: Any, out_
         log_norm=_log(norm) + unit - log_batch,
         gram=gram * scale,
         coherent=coherent * scale,
-        log_sq=_log(square) + 2 * (unit - log_batch)[None],
+        log_sq=log_sq - 2 * log_batch,
         sums=jnp.sum(delta, axis=1) * inverse[None],
         pull=jnp.dot(pulls.T, pulls, precision="highest") / pulls.shape[0],
         cosine=jnp.mean(jnp.square(cosines), axis=0),

@@ -69,13 +69,13 @@ def scatter(act: activations.Activation, z: Layer, log_bias: Array, *, orthogona
     p = jnp.maximum(jnp.diagonal(weighted), 0)
     c, share = over(z.cov, jnp.sqrt(jnp.diagonal(z.cov))), divide(p, jnp.diagonal(z.cov))
     lengths = 2 * jnp.square(over(weighted, jnp.sqrt(p))) if orthogonal else jnp.zeros_like(c)
-    orders = jnp.arange(1, _NUM_TERMS, dtype=jnp.int32)[:, None, None]
+    powers = lax.scan(lambda last, _: (last * c, last * c), jnp.ones_like(c), None, length=_NUM_TERMS - 1)[1]
 
     def pairs(f, g, i, square):
         """<f_a g_b> - 1. What the terms leave out at c = 1 is taken for one more, far up."""
         rest = jnp.sqrt(jnp.maximum(divide(whole[:, i], square) - jnp.sum(f * g, axis=1), 0))
-        series = jnp.einsum("ak,bk,kab->ab", f[:, 1:], g[:, 1:], c[None] ** orders, precision="highest")
-        return series + rest[:, None] * rest[None] * c ** (2 * _NUM_TERMS)
+        series = jnp.einsum("ak,bk,kab->ab", f[:, 1:], g[:, 1:], powers, precision="highest")
+        return series + rest[:, None] * rest[None] * jnp.square(powers[-1])
 
     hh, hs, ss = (mean[:, i, 0] * mean[:, j, 0] for i, j in ((0, 0), (0, 1), (1, 1)))
     a, b = (share * v[:, 2] / np.sqrt(2) for v in (h, slope))
