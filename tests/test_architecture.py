@@ -18,16 +18,16 @@ LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
     [
-        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction"}, {"meanfield"},
-        {"backprop", "profile", "jacobian"},
+        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction", "nested"},
+        {"meanfield"}, {"backprop", "profile", "jacobian"},
     ],
     [{"fit", "sweep"}],
     [{"diagnose", "monitor", "testing", "repair"}],
-    [{"data", "store", "plots", "theory_plots"}, {"study"}, {"verdicts"}, {"cli"}],
+    [{"data", "store", "plots", "theory_plots", "overlay"}, {"study"}, {"verdicts"}, {"cli"}],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
+THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"} | {"nested"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
-EDGE = {"study", "store", "plots", "theory_plots", "verdicts", "cli", "data"}
+EDGE = {"study", "store", "plots", "theory_plots", "overlay", "verdicts", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vgrad import data, fit, initializers, losses, store
+from vgrad import data, fit, initializers, losses, overlay, store
 from vgrad.activations import get
 from vgrad.base import Network, Profile
 from vgrad.network import mlp
@@ -127,9 +127,11 @@ def run(config: Config, *, on_progress: Callable[[int, str], None] = lambda done
             on_progress(num_init * config.num_seeds * len(depths), "")
     except KeyboardInterrupt:
         complete = False
+    predicted = overlay.predicted(config, source, schemes)
     attributes = store.provenance(dataclasses.asdict(config), source.name) | {"complete": int(complete), "loss": loss.__name__}
     return xarray.Dataset(
         {name: (dims, values, {"units": "nat", "long_name": _LONG_NAMES[name]}) for name, values in fields.items()}
+        | predicted
         | {"plain_float32_grad_w1": (dims[:3], plain, {"long_name": "||dJ/dW_1|| at the greatest depth in plain float32"})},
         coords={
             "phi": list(config.phi),
