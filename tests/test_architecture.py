@@ -18,8 +18,8 @@ LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
     [{"layers", "losses"}, {"network"}],
     [
-        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction"}, {"meanfield"},
-        {"lanes"}, {"backprop", "profile", "jacobian"},
+        {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction", "nested"},
+        {"meanfield"}, {"lanes"}, {"backprop", "profile", "jacobian"},
     ],
     [{"fit", "sweep"}, {"reduction"}],
     [
@@ -27,16 +27,15 @@ LEVELS = [
         {"summary", "testing", "repair"},
     ],
     [
-        {"data", "store", "plots", "theory_plots", "target", "chunks", "cost", "study_table"}, {"chunkstore", "progress", "task"}, {"study"},
-        {"verdicts"}, {"cli"},
+        {"data", "store", "plots", "theory_plots", "overlay", "target", "chunks", "cost", "session", "study_table"},
+        {"chunkstore", "task", "progress"}, {"study"}, {"verdicts"}, {"cli"},
     ],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
-MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
-EDGE = {
-    "study", "store", "plots", "theory_plots", "verdicts", "target", "cli", "data", "chunks", "chunkstore", "cost", "progress",
-    "task", "study_table",
+THEORY = {
+    "moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction", "nested",
 }
+MEASUREMENT = {"backprop", "lanes", "profile", "jacobian", "reduction", "sweep"}
+EDGE = set().union(*LEVELS[-1])
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

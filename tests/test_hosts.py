@@ -27,8 +27,8 @@ OPTIONS = "--phi relu --init xavier he --depths 2 3 --num-seeds 8 --width 8 --ba
 # One chunk takes a while, so that there is a moment at which to kill.
 SLOW = """
 import sys, time
-from vgrad import cli, task
-sweep, cli._all_devices = task.sweep, lambda: None  # one device is one program for all processes of these tests
+from vgrad import cli, session, task
+sweep, session.all_devices = task.sweep, lambda: None  # one device is one program for all processes of these tests
 task.sweep = lambda *a, **k: (sweep(*a, **k), time.sleep(float(sys.argv[1])))[0]
 cli.main(sys.argv[2:])
 """

@@ -1,4 +1,4 @@
-"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured.
+"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad predict` and `vgrad phase` compute.
 
 Options and their help come from the types and docstrings of the functions and of `vgrad.study.Config`.
 
@@ -6,21 +6,16 @@ A study keeps its finished chunks in a folder beside its results until the data 
 with --resume goes on where it was: exit code 130 after Ctrl-C, 143 after SIGTERM, 2 after an error such as a full disk.
 """
 
-import contextlib
-import hashlib
-import os
-import platform
 import signal
 import sys
-import warnings
 from pathlib import Path
 from typing import Annotated
 
 import jax
-import numpy as np
 import tyro
 
-from vgrad import chunkstore, progress, store
+from vgrad import chunkstore, prediction, progress, session, store
+from vgrad import data as datasets
 from vgrad import study as studies
 
 __all__ = ["main"]
@@ -55,12 +50,13 @@ def _study(
 
     store.check_writable(config.out)
     if cache:
-        _keep_compiled()
-    _one_device_per_core()
-    member, members = _roll_call(coordinator, num_processes, process_id) if distributed else (0, 1)
-    mesh = _all_devices()
+        session.keep_compiled()
+    session.one_device_per_core()
+    member, members = session.roll_call(coordinator, num_processes, process_id) if distributed else (0, 1)
+    mesh = session.all_devices()
     folder, again = config.out / "study.chunks", "the same command with --resume goes on"
-    with chunkstore.Store(folder, member=member, num_members=members) as kept, _stop_on_signals() as caught, _plain_warnings():
+    kept = chunkstore.Store(folder, member=member, num_members=members)
+    with kept, session.stop_on_signals() as caught, session.plain_warnings():
 
         def stopping():
             if signal.SIGTERM in caught:  # there may be little time: nothing is gathered
@@ -115,71 +111,65 @@ def _plot(results: tyro.conf.Positional[Path], out: Path | None = None) -> None:
         print(written)
 
 
-def _roll_call(coordinator, num_processes, process_id):
-    """Which process this is, of how many. All meet once and part again.
+@app.command(name="predict")
+def _predict(
+    phi: str = "tanh",
+    depth: int = 50,
+    sigma_w: float = 1.0,
+    sigma_b: float = 0.0,
+    width: int = 128,
+    batch: int = 64,
+    data: Path | None = None,
+) -> None:
+    """Predict the profile of a network without drawing one, say in words what will happen, and how to initialize instead.
 
-    Whoever stays joined to jax's coordinator is aborted when another process dies, and at once when the coordinator does or is the
-    first to finish. Chunks need nothing of each other, so nobody stays.
+    Args:
+        phi: Activation, by name.
+        depth: Number of weight matrices.
+        sigma_w: Standard deviation of the weights, times sqrt(fan_in).
+        sigma_b: Standard deviation of the biases.
+        width: Units per hidden layer.
+        batch: Samples in the batch.
+        data: Your own data, as for `vgrad study`. Default: handwritten digits.
     """
-    jax.distributed.initialize(coordinator, num_processes, process_id)
-    member = jax.process_index(), jax.process_count()
-    jax.distributed.shutdown()
-    return member
+    from vgrad import verdicts
+
+    source = datasets.load(data)
+    x, t = source.batch(batch, 0)
+    loss = "cross_entropy" if t.ndim == 1 else "squared_error"
+    with jax.enable_x64(True):  # critical points and depth scales near them want more than six digits
+        sigmas = dict(sigma_w=sigma_w, sigma_b=sigma_b)
+        predicted = prediction.predict(phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, **sigmas)
+        outlook = verdicts.outlook(phi, sigma_w, sigma_b)
+    print(f"By theory, for {batch} samples of {source.name}; q: variance of the preactivations, c: correlation of two inputs.\n")
+    print(verdicts.profile_table(predicted), verdicts.summary(outlook, predicted), verdicts.advice(outlook), sep="\n\n")
 
 
-def _one_device_per_core():
-    """On CPU as many virtual devices as cores, which beats one device with a thread per core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # those we are allowed
-    with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
-        jax.config.update("jax_num_cpu_devices", cores or 1)
+@app.command(name="phase")
+def _phase(
+    phi: str = "tanh",
+    sigma_w: tuple[float, float] = (0.3, 3.0),
+    sigma_b: tuple[float, float] = (0.0, 1.5),
+    points: int = 96,
+    out: Path = Path("results"),
+) -> None:
+    """Draw the phase diagram of an activation: where gradients vanish, hold and explode, and how deep one can train.
 
+    Args:
+        phi: Activation, by name.
+        sigma_w: Range of the standard deviation of the weights, times sqrt(fan_in).
+        sigma_b: Range of that of the biases.
+        points: Points on each axis.
+        out: Folder for the figure.
+    """
+    from vgrad import theory_plots
 
-def _all_devices():
-    """A mesh over all devices of this process."""
-    devices = np.array(jax.local_devices())
-    return jax.sharding.Mesh(devices, ("cases",)) if devices.size > 1 else None
-
-
-def _keep_compiled():
-    """jax's cache of compiled programs, in a folder per kind of processor: such a program may crash on another."""
-    if not jax.config.values["jax_compilation_cache_dir"]:
-        processor = platform.processor() or platform.machine()
-        with contextlib.suppress(OSError):
-            lines = Path("/proc/cpuinfo").read_text().splitlines()
-            processor += "".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "vgrad" / hashlib.sha256(processor.encode()).hexdigest()[:12]))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-
-
-@contextlib.contextmanager
-def _stop_on_signals():
-    """Ctrl-C or SIGTERM stops after the chunk in flight; a second Ctrl-C at once. Yields the list of signals so far."""
-    caught: list[int] = []
-
-    def on_signal(number, _):
-        if number == signal.SIGINT and caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-        print("\nStopping when the chunk in flight is finished; Ctrl-C drops it.", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _plain_warnings():
-    """A warning of the study's is a line."""
-    with warnings.catch_warnings():
-        shown = warnings.showwarning
-        warnings.showwarning = lambda message, kind, *rest, **more: (
-            print(f"vgrad: {message}", file=sys.stderr) if kind is UserWarning else shown(message, kind, *rest, **more)
-        )
-        yield
+    store.check_writable(out)
+    with jax.enable_x64(True):
+        diagram = theory_plots.diagram(phi, sigma_w, sigma_b, points)
+        path = out / f"phase_{phi}.png"
+        theory_plots.phase_diagram(diagram).savefig(path, dpi=130)
+    print(path)
 
 
 def main(args: list[str] | None = None) -> None:

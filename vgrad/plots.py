@@ -29,6 +29,7 @@ def delta_over_layers(dataset) -> Figure:
             low, middle, high = _quartiles(lines)
             ax.fill_between(layer, low, high, color=colour, alpha=0.25, linewidth=0)
             ax.plot(layer, middle, style, color=colour, label=f"depth {depth}", linewidth=1.4)
+        _mean_field(ax, layer, dataset, "log_delta", phi=i, init=j, depth=-1, layer=slice(0, depths[-1]))
         _say_if_empty(ax)
     _finish(figure, axes, dataset, "layer $l$ (1 = input)", r"$\ln\,\|\delta_l\|$", "The backpropagated signal over the layers")
     return figure
@@ -50,6 +51,8 @@ def grad_w1_against_depth(dataset) -> Figure:
             ax.fill_between(depth, low, high, color=colour, alpha=0.25, linewidth=0)
             style = dict(color=colour, linestyle=_STYLES[j % 4], marker=_MARKERS[j % 8], markersize=4, linewidth=1.4)
             ax.plot(depth, middle, label=_named(dataset.init.values[j]), **style)
+        for j in range(len(colours)):
+            _mean_field(ax, depth, dataset, "log_grad_w", phi=i, init=j, layer=0)
         bottom, top = ax.get_ylim()
         smallest, largest = np.log(1.4e-45), np.log(3.4e38)
         if bottom < smallest:
@@ -78,6 +81,8 @@ def attribution(dataset) -> Figure:
         hatched = dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)
         ax.bar(layer, phi, width=1.0, bottom=base, label=r"$\varphi'$", **hatched)
         ax.plot(layer, w + phi, color="black", linewidth=1.4, label="sum")
+        if "predicted_log_delta" in dataset:
+            _mean_field(ax, layer, -dataset.diff("layer"), "log_delta", phi=i, init=j, depth=-1, layer=slice(0, depth - 2))
         ax.axhline(0, color="0.3", linewidth=0.6)
         _say_if_empty(ax)
     title = f"What the weights and the activation do to the signal at each layer, depth {depth}"
@@ -140,6 +145,15 @@ def save_all(dataset, folder: Path) -> list[Path]:
     for path, draw in zip(paths, FIGURES.values(), strict=True):
         draw(dataset).savefig(path, dpi=130)
     return paths
+
+
+def _mean_field(ax, at, dataset, field, **where):
+    """The prediction as a thin dashed line, with one entry in the legend, where the data set holds one."""
+    if f"predicted_{field}" in dataset:
+        line = _finite(dataset[f"predicted_{field}"].isel(where).values)
+        if np.isfinite(line).any():
+            label = None if "mean field" in ax.get_legend_handles_labels()[1] else "mean field"
+            ax.plot(at, line, "--", color="black", linewidth=0.8, label=label)
 
 
 def _panels(dataset):

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from vgrad import cost, data, initializers
+from vgrad import cost, data, initializers, overlay
 from vgrad import store as files
 from vgrad.activations import get
 from vgrad.base import Profile
@@ -183,9 +183,11 @@ def _assembled(config, source, task, kept_in) -> "xarray.Dataset":
             values[slice(*chunk.points), slice(*chunk.seeds)] = measured[name]
     dims = ("phi", "init", "seed", "depth", "layer")
     fields = {name: values.reshape(num_phi, num_init, *values.shape[1:]) for name, values in fields.items()}
+    schemes = {phi: [scheme(name, phi) for name in config.init] for phi in config.phi}
     attributes = files.provenance(_described(config) | {"data": config.data}, source.name)
     return xarray.Dataset(
         {name: (dims, fields[name], {"units": "nat", "long_name": _LONG_NAMES[name]}) for name in Profile._fields}
+        | overlay.predicted(config, source, schemes)
         | {PLAIN: (dims[:3], fields[PLAIN], {"long_name": "||dJ/dW_1|| at the greatest depth in plain float32"})},
         coords={
             "phi": list(config.phi),

@@ -15,7 +15,7 @@ from vgrad import fit
 if TYPE_CHECKING:
     import xarray
 
-__all__ = ["Row", "decimal", "table", "verdicts"]
+__all__ = ["Row", "decimal", "table", "verdict", "verdicts"]
 
 
 class Row(NamedTuple):
@@ -59,7 +59,7 @@ def verdicts(dataset: "xarray.Dataset") -> list[Row]:
                 phi=str(dataset.phi.values[i]),
                 init=str(dataset.init.values[j]),
                 sigma_w=float(dataset.sigma_w[i, j]),
-                verdict=_verdict(log_ratio),
+                verdict=verdict(log_ratio),
                 rate=float(rates.value[n, 0]),
                 stderr=float(rates.stderr[n, 0]),
                 log_ratio=log_ratio,
@@ -70,7 +70,8 @@ def verdicts(dataset: "xarray.Dataset") -> list[Row]:
     return rows
 
 
-def _verdict(log_ratio):
+def verdict(log_ratio: float) -> str:
+    """The word for a ln(||delta_1|| / ||delta_{L-1}||), with the thresholds of `Row`."""
     if math.isnan(log_ratio):
         return "no reading"
     if math.isinf(log_ratio):
