@@ -2,11 +2,14 @@
 
 from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
+from vgrad.monitor import monitor
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
+from vgrad.summary import monitor_summary
 from vgrad.sweep import sweep
 
 __all__ = [
     "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop",
-    "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp", "profile", "stack", "sweep",
+    "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp",
+    "monitor", "monitor_summary", "profile", "stack", "sweep",
 ]  # fmt: skip

@@ -12,30 +12,28 @@ which is the average with weights d^(n-i), rightly normalised from the first ste
 and an exactly zero one have no place in an average of logarithms; they are counted instead.
 
 A norm takes one pass over its array: the plain sum of squares, whose own value tells whether a square has under- or overflowed.
-Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading.
+Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes the
+time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import lax
 
 from vgrad.base import Array
 from vgrad.scaled import Scaled, log, norm
 
-__all__ = ["GradientMonitorState", "MonitorSummary", "UpdateMonitorState", "monitor", "monitor_summary"]
+__all__ = ["GradientMonitorState", "UpdateMonitorState", "monitor"]
 
 
 class GradientMonitorState(NamedTuple):
     """What `monitor()` keeps. All but `grad_steps` are trees like the parameters, of scalars, or of [L] for a stacked leaf.
 
-    Logarithms are natural, of Frobenius norms; float32, or float64 for a float64 leaf; -inf before the first step.
+    Logarithms are natural, of Frobenius norms; float32, or float64 for a float64 leaf; -inf before the first reading.
 
     Attributes:
       grad_steps: gradients seen, int32 [].
@@ -80,7 +78,7 @@ _STATES = {"gradient": GradientMonitorState, "update": UpdateMonitorState}
 
 
 def monitor(
-    of: Literal["gradient", "update"] = "gradient", *, decay: float = 0.99, stacked: Any = False
+    of: Literal["gradient", "update"] = "gradient", *, decay: float = 0.99, every: int = 1, stacked: Any = False
 ) -> optax.GradientTransformationExtraArgs:
     """An optax transformation that passes updates through bit for bit and records their log norms, leaf by leaf, in its state.
 
@@ -89,13 +87,15 @@ def monitor(
 
     Args:
       of: which of the two it is.
-      decay: d of the exponential average, 0 <= d < 1.
-      stacked: which leaves hold one layer per row of their leading axis, as `vgrad.mlp(...).init` and `nn.scan` lay them out, and get
-        a reading per row: a bool, or a tree of bools that is a prefix of the parameters, `Params(False, True, False)` say.
+      decay: d of the exponential average over readings, 0 <= d < 1.
+      every: steps per reading, the first step being read. Steps between are counted and otherwise not seen.
+      stacked: which leaves hold one layer per row of their leading axis, as in a scanned stack, and get a reading per row: a bool,
+        or a tree of bools that is a prefix of the parameters, such as `vgrad.Params(embed=False, hidden=True, readout=False)`.
     Returns:
-      A transformation whose state is a `GradientMonitorState` or an `UpdateMonitorState`; `monitor_summary` tabulates it.
+      A transformation whose state is a `GradientMonitorState` or an `UpdateMonitorState`; `vgrad.monitor_summary` tabulates it.
     Raises:
-      ValueError: another `of` or `decay`; from `init`, a `stacked` that does not fit; from `update`, no params or another tree.
+      ValueError: another `of`, `decay` or `every`; from `init`, a `stacked` that does not fit; from `update`, no params, or a tree
+        other than that of `init`.
       TypeError: from `init`, a leaf that is not of real or complex floats.
 
     >>> optimizer = optax.chain(monitor(), optax.sgd(0.1))
@@ -107,11 +107,13 @@ def monitor(
     if of not in _STATES:
         raise ValueError(f"of is {of!r}, expected 'gradient' (first in a chain) or 'update' (last in it).")
     if not 0 <= decay < 1:
-        raise ValueError(f"decay is {decay!r}, expected 0 <= decay < 1: 0.99 averages over about 100 steps.")
+        raise ValueError(f"decay is {decay!r}, expected 0 <= decay < 1: 0.99 averages over about 100 readings.")
+    if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        raise ValueError(f"every is {every!r}, expected an integer of at least 1: steps per reading.")
 
     def init(params):
         leaves, tree = jax.tree.flatten_with_path(params)
-        shapes = [_reading_shape(*leaf, rows) for leaf, rows in zip(leaves, _flags(stacked, params), strict=True)]
+        shapes = [_shape(*leaf, flag) for leaf, flag in zip(leaves, _flags(stacked, params), strict=True)]
         # A buffer of its own for every leaf: a state whose buffers are shared cannot be donated to a jitted step.
         full = lambda v, dtype=None: tree.unflatten([jnp.full(s.shape, v, dtype or s.dtype) for s in shapes])  # noqa: E731
         inf, counts = jnp.inf, (full(0, jnp.int32), full(0, jnp.int32))
@@ -120,19 +122,21 @@ def monitor(
     def update(updates, state, params=None, **_):
         if params is None:
             raise ValueError("vgrad.monitor got no params: call optimizer.update(grads, state, params).")
-        (steps, last, *history, _), tree = state, jax.tree.structure(updates)
-        for name, other in (("parameters of init", last), ("params", params)):
+        (steps, *fields), tree = state, jax.tree.structure(updates)
+        for name, other in (("state", fields[0]), ("params", params)):
             if jax.tree.structure(other) != tree:
                 raise ValueError(f"the updates form the tree {tree}, the {name} {jax.tree.structure(other)}; expected the same.")
+        flags = _flags(stacked, updates)
+
+        def read(updates, params, fields):
+            leaves = zip(flags, *(jax.tree.leaves(t) for t in (updates, params, *fields)), strict=True)
+            rows = [_reading(of, decay, steps // every + 1, *leaf) for leaf in leaves]
+            return [tree.unflatten([row[i] for row in rows]) for i in range(len(fields))]
+
         # Readings are no part of what is trained: a derivative through a training step must not meet the ln of a zero norm.
-        u, w = lax.stop_gradient((jax.tree.leaves(updates), jax.tree.leaves(params)))
-        flags, leaves, steps = _flags(stacked, updates), jax.tree.leaves(last), optax.safe_increment(steps)
-        read = lambda arrays: [_log_norm(x, f).astype(o.dtype) for x, f, o in zip(arrays, flags, leaves, strict=True)]  # noqa: E731
-        seen, weights = read(u), read(w)
-        rows = [_advance(decay, steps, *r) for r in zip(seen, *map(jax.tree.leaves, history), strict=True)]
-        extra = weights if of == "gradient" else [_difference(a, b) for a, b in zip(seen, weights, strict=True)]
-        fields = [seen, *([row[i] for row in rows] for i in range(len(history))), extra]
-        return updates, _STATES[of](steps, *map(tree.unflatten, fields))
+        operands = lax.stop_gradient((updates, params, fields))
+        fields = read(*operands) if every == 1 else lax.cond(steps % every == 0, read, lambda u, w, fields: fields, *operands)
+        return updates, _STATES[of](optax.safe_increment(steps), *fields)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -142,48 +146,48 @@ def _flags(stacked, tree):
     try:
         spread = jax.tree.map(lambda flag, part: jax.tree.map(lambda _: bool(flag), part), stacked, tree)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"stacked is {stacked!r}, expected a bool or a tree of bools that is a prefix of the params: {error}") from error
+        raise ValueError(f"stacked is {stacked!r}, expected a bool, or bools that form a prefix of the params: {error}") from error
     return jax.tree.leaves(spread)
 
 
-def _reading_shape(path, leaf, rows):
+def _shape(path, leaf, stacked):
+    """Shape and dtype of a leaf's readings."""
     name, dtype = jax.tree_util.keystr(path), jnp.result_type(leaf)
     if not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"parameter {name} has dtype {dtype}, expected floats: leave it out with optax.masked.")
-    if rows and not jnp.ndim(leaf):
+    if stacked and not jnp.ndim(leaf):
         raise ValueError(f"parameter {name} is a scalar, expected a leading axis of layers: mark it as not stacked.")
-    return jax.ShapeDtypeStruct(jnp.shape(leaf)[:1] if rows else (), jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32))
+    return jax.ShapeDtypeStruct(jnp.shape(leaf)[:1] if stacked else (), jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32))
 
 
-def _log_norm(x, rows):
-    """ln of the Frobenius norm of x, or of each of its rows."""
+def _reading(of, decay, num, stacked, update, weights, last, average, low, high, num_nonfinite, num_zero, extra):
+    """The fields of one leaf after reading number `num`."""
+    seen, w = (_log_norm(x, stacked).astype(last.dtype) for x in (update, weights))
+    counts, zero = jnp.isfinite(seen), jnp.isneginf(seen) & bool(jnp.size(update))
+    num_nonfinite, num_zero = num_nonfinite + (seen != seen).astype(jnp.int32), num_zero + zero.astype(jnp.int32)
+    n = jnp.maximum(num - num_nonfinite - num_zero, 1)  # how many have counted
+    weight = (1 - decay) / -jnp.expm1(n.astype(seen.dtype) * (math.log(decay) if decay else -math.inf))
+    average = jnp.where(counts, jnp.where(n == 1, seen, average + weight * (seen - average)), average)
+    low, high = jnp.where(counts, jnp.minimum(low, seen), low), jnp.where(counts, jnp.maximum(high, seen), high)
+    if of == "update":  # of a zero update the ratio is zero, even where the parameter is
+        w = jnp.where(jnp.isneginf(seen), seen, seen - jnp.where(jnp.isneginf(seen), jnp.zeros_like(w), w))
+    return seen, average, low, high, num_nonfinite, num_zero, w
+
+
+def _log_norm(x, stacked):
+    """ln of the Frobenius norm of x, or of each of its rows; NaN where it holds a NaN or inf."""
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     f = jnp.finfo(x.dtype)
-    sumsq = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)) if rows else None)
+    sumsq = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)) if stacked else None)
     # Squares below the least normal number are lost; from this sum on, all of them together are less than its rounding.
-    sound = jnp.isfinite(sumsq) & (sumsq >= max(x.size, 1) * float(f.tiny) / float(f.eps))
+    sound = (sumsq < jnp.inf) & (sumsq >= max(x.size, 1) * float(f.tiny) / float(f.eps))
 
     def careful(x):
-        one = lambda row: log(norm(Scaled(row, jnp.zeros((), jnp.int32))))  # noqa: E731
-        return jax.vmap(one)(x) if rows else one(x)
+        exact = log(norm(Scaled(x, jnp.zeros((), jnp.int32))))
+        return jnp.where(exact < jnp.inf, exact, jnp.nan)
 
-    return lax.cond(jnp.all(sound), lambda x: 0.5 * jnp.log(sumsq), careful, x)
-
-
-def _advance(decay, steps, seen, average, low, high, num_nonfinite, num_zero):
-    """The history of one leaf with one more reading."""
-    zero, counts = jnp.isneginf(seen), jnp.isfinite(seen)
-    num_nonfinite, num_zero = num_nonfinite + (~counts & ~zero), num_zero + zero
-    n = jnp.broadcast_to(steps, seen.shape) - num_nonfinite - num_zero
-    weight = (1 - decay) / -jnp.expm1(jnp.maximum(n, 1).astype(seen.dtype) * (math.log(decay) if decay else -math.inf))
-    moved = jnp.where(n <= 1, seen, average + weight * (seen - average))
-    better = jnp.where(counts, jnp.stack([moved, jnp.minimum(low, seen), jnp.maximum(high, seen)]), jnp.stack([average, low, high]))
-    return *better, num_nonfinite, num_zero
-
-
-def _difference(a, b):
-    """a - b, where both may be -inf: a zero update of a zero parameter is a zero ratio."""
-    return jnp.where(jnp.isneginf(a), a, a - jnp.where(jnp.isneginf(a), jnp.zeros_like(b), b))
+    rows = jax.vmap(careful) if stacked else careful
+    return lax.cond(jnp.all(sound), lambda x: 0.5 * jnp.log(sumsq), rows, x)
