@@ -2,6 +2,8 @@
 
 from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
+from vgrad.diagnose import diagnose, tap
+from vgrad.diagnosis import Diagnosis
 from vgrad.monitor import monitor
 from vgrad.network import mlp, stack
 from vgrad.profile import profile
@@ -9,7 +11,7 @@ from vgrad.summary import monitor_summary
 from vgrad.sweep import sweep
 
 __all__ = [
-    "Affine", "Block", "Estimate", "Network", "Params", "Profile", "activations", "backprop",
+    "Affine", "Block", "Diagnosis", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "diagnose",
     "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp",
-    "monitor", "monitor_summary", "profile", "stack", "sweep",
+    "monitor", "monitor_summary", "profile", "stack", "sweep", "tap",
 ]  # fmt: skip

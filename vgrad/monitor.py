@@ -157,7 +157,12 @@ def _shape(path, leaf, stacked):
         raise TypeError(f"parameter {name} has dtype {dtype}, expected floats: leave it out with optax.masked.")
     if stacked and not jnp.ndim(leaf):
         raise ValueError(f"parameter {name} is a scalar, expected a leading axis of layers: mark it as not stacked.")
-    return jax.ShapeDtypeStruct(jnp.shape(leaf)[:1] if stacked else (), jnp.promote_types(jnp.finfo(dtype).dtype, jnp.float32))
+    return jax.ShapeDtypeStruct(jnp.shape(leaf)[:1] if stacked else (), _wide(dtype))
+
+
+def _wide(dtype):
+    """What norms of this dtype are computed in."""
+    return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
 
 
 def _reading(of, decay, num, stacked, update, weights, last, average, low, high, num_nonfinite, num_zero, extra):
@@ -179,7 +184,7 @@ def _log_norm(x, stacked):
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x.astype(_wide(x.dtype))
     f = jnp.finfo(x.dtype)
     sumsq = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)) if stacked else None)
     # Squares below the least normal number are lost; from this sum on, all of them together are less than its rounding.

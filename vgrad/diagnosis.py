@@ -1,0 +1,277 @@
+"""The report of `vgrad.diagnose`: numbers per site, as arrays, and what they say, in words.
+
+The rate is the slope of ln ||delta|| over the depth of the sites, positive where the gradient grows on its way to the input,
+
+    ln ||delta_s|| = a_role(s) - rate * depth_s + noise.
+
+Sites of one role, such as the query projections of all blocks, share an intercept: within a block the cotangents of queries and of
+values differ for reasons that have nothing to do with depth. The error is that of the fit, from the scatter over the layers of this
+one network; with several batches, that of the mean over them if it is larger. Neither is an error over initializations.
+"""
+
+import math
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vgrad.base import Estimate
+
+__all__ = ["Diagnosis", "following_site"]
+
+_CLEAR = math.log(10)  # a change over the whole depth that is called vanishing or exploding, as in `vgrad.study`
+_SHARP = math.log(100)  # a change in one step that is named
+
+
+class Diagnosis(NamedTuple):
+    """What the gradient does at every site, in execution order; a row per site, and per iteration of a loop around it.
+
+    Attributes:
+      site: unique names: the parameter's path, "#2" behind it at the leaf's second product, "[3]" for the iteration of a loop.
+      kind: "dot", "conv", "tap", or "opaque" for an equation that is not entered (custom_vjp, while_loop, shard_map).
+      depth: number of sites on the longest way from the input, this one included.
+      activation: the guess at what acts on the site's output, or "".
+      status: "ok"; "disconnected" where delta is exactly zero; "non-finite"; "opaque"; "not run" in a branch that was not taken.
+      num_units: units of the site's output.
+      log_delta: ln of the Frobenius norm of delta = dJ/dz over the whole batch. -inf for zero.
+      log_grad_w: ln ||dJ/dW|| of this use of the leaf; of a slice of it in a loop over layers. NaN at taps.
+      log_w: ln ||W||.
+      log_rms_z: ln of the root mean square of z, its bias included.
+      zero_fraction: of the entries of delta that are exactly zero.
+      dead_fraction: of units whose activation is flat for every sample. NaN where the activation is not known.
+      saturated_fraction: of entries where the activation's slope is below a tenth of its greatest; for a relu, the inactive ones.
+      log_gain_forward: ln rms z of the next deeper site minus that of this one.
+      log_gain_backward: ln ||delta|| of this site minus that of the next deeper one: what the step toward the input did.
+      unused: parameters that the loss does not use.
+      unread: used parameters of two axes or more that feed no site, such as embeddings that are looked up.
+      opaque: sites of kind "opaque".
+      non_finite: parameters that hold NaN or inf.
+      loss: of every run.
+      spread: standard deviation over several batches or keys, for each numeric field; empty for one.
+    """
+
+    site: tuple[str, ...]
+    kind: tuple[str, ...]
+    depth: np.ndarray
+    activation: tuple[str, ...]
+    status: tuple[str, ...]
+    num_units: np.ndarray
+    log_delta: np.ndarray
+    log_grad_w: np.ndarray
+    log_w: np.ndarray
+    log_rms_z: np.ndarray
+    zero_fraction: np.ndarray
+    dead_fraction: np.ndarray
+    saturated_fraction: np.ndarray
+    log_gain_forward: np.ndarray
+    log_gain_backward: np.ndarray
+    unused: tuple[str, ...]
+    unread: tuple[str, ...]
+    opaque: tuple[str, ...]
+    non_finite: tuple[str, ...]
+    loss: np.ndarray
+    spread: dict[str, np.ndarray]
+
+    @property
+    def rate(self) -> Estimate:
+        """Change of ln ||delta|| per layer toward the input, in nats; negative = vanishing. NaN for fewer than three depths."""
+        return _rate(self)
+
+    def verdict(self) -> str:
+        """What is wrong, where, and what to try, in words."""
+        return "\n".join(_verdict(self))
+
+    def table(self) -> str:
+        """The rows as text, norms in natural logarithms."""
+        return _table(self)
+
+    def to_dataframe(self) -> Any:
+        """A `pandas.DataFrame`, a row per site. Needs pandas."""
+        import pandas
+
+        columns = {name: getattr(self, name) for name in self._fields[: self._fields.index("unused")]}
+        return pandas.DataFrame({k: list(v) if isinstance(v, tuple) else v for k, v in columns.items()})
+
+    def __str__(self) -> str:
+        return f"{self.table()}\n\n{self.verdict()}"
+
+
+def following_site(depth: np.ndarray) -> np.ndarray:
+    """For every row the first later one that lies deeper; -1 where there is none. Branches side by side have the same depth."""
+    n = len(depth)
+    return np.array([next((j for j in range(i + 1, n) if depth[j] > depth[i]), -1) for i in range(n)], int)
+
+
+def _role(name: str) -> str:
+    """The name without its counters: layers that repeat have the same role."""
+    return re.sub(r"\d+", "", name)
+
+
+def _rate(report: Diagnosis) -> Estimate:
+    depth = np.asarray(report.depth, float)
+    use = np.isfinite(report.log_delta) & np.isin(report.kind, ["dot", "conv", "opaque"])
+    if len(set(depth[use])) > 3:
+        use &= depth < depth[use].max()  # the readout: its width differs
+    if len(set(depth[use])) < 3:
+        return Estimate(math.nan, math.nan)
+    roles = np.array([_role(name) for name in report.site])[use]
+    x, y = depth[use], report.log_delta[use]
+    by_role = {r: roles == r for r in set(roles)}
+    within = lambda v: v - sum(np.where(m, v[m].mean(), 0) for m in by_role.values())  # noqa: E731
+    num_intercepts = len(by_role)
+    if np.allclose(within(x), 0):  # every role occurs at one depth only: layers with names of their own
+        within, num_intercepts = (lambda v: v - v.mean()), 1
+    x, y = within(x), within(y)
+    slope, spare = float(x @ y / (x @ x)), len(x) - num_intercepts - 1
+    scatter = math.sqrt(float(np.sum((y - slope * x) ** 2)) / spare / float(x @ x)) if spare > 0 else math.nan
+    return Estimate(-slope, scatter)
+
+
+def _verdict(report: Diagnosis) -> list[str]:
+    lines = []
+    if report.non_finite:
+        lines.append(f"NON-FINITE PARAMETERS: {_some(report.non_finite)} hold NaN or inf; nothing behind them can be read.")
+    if not np.isfinite(report.loss).all():
+        lines.append(f"The loss is {report.loss[~np.isfinite(report.loss)][0]}.")
+    bad = [i for i, s in enumerate(report.status) if s == "non-finite"]
+    if bad:
+        lines.append(f"NON-FINITE at {len(bad)} sites, the first in execution order {report.site[bad[0]]}.")
+    dead = [i for i, s in enumerate(report.status) if s == "disconnected"]
+    if dead:
+        lines += _disconnected(report, dead)
+    lines += _trend(report)
+    lines += _units(report)
+    if report.unused:
+        lines.append(f"Unused by the loss: {_some(report.unused)}.")
+    if report.opaque:
+        lines.append(f"Not entered (custom derivative, while_loop or shard_map), read at the output only: {_some(report.opaque)}.")
+    if report.unread:
+        lines.append(f"At no site: {_some(report.unread)}; mark what is computed from them with vgrad.tap.")
+    return lines
+
+
+def _some(names, most=4):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _disconnected(report, dead):
+    """Who is to blame for a gradient that is exactly zero: the last site, seen from the input, where it is."""
+    i = max(dead, key=lambda k: (report.depth[k], k))
+    j = following_site(report.depth)[i]
+    because = "nothing that the loss depends on is computed from it"
+    if j >= 0 and report.log_w[j] == -np.inf:
+        because = f"the weights of {report.site[j]} are zero"
+    elif report.dead_fraction[i] == 1:
+        because = f"all units behind it are dead ({report.activation[i]} is flat for every sample)"
+    elif j >= 0 and report.saturated_fraction[i] == 1:
+        because = f"all units behind it are saturated ({report.activation[i]})"
+    elif j >= 0:
+        because = f"the gradient ends between {report.site[j]} and it: a stop_gradient, or saturated units"
+    return [f"DISCONNECTED: the gradient is exactly zero at {len(dead)} of {len(report.site)} sites, from {report.site[i]} on: {because}."]
+
+
+def _trend(report):
+    value, stderr = report.rate
+    finite = np.isfinite(report.log_delta)
+    lines = []
+    if math.isfinite(value):
+        depth = report.depth[finite]
+        total = value * (depth.max() - depth.min())
+        if abs(total) < _CLEAR or abs(value) < 2 * stderr:
+            word = "HOLDS"
+        else:
+            word = "VANISHES" if total < 0 else "EXPLODES"
+        lines.append(
+            f"The gradient {word}: {value:+.3f} ± {stderr:.3f} nats per layer toward the input, a factor "
+            f"{math.exp(max(-700, min(700, total))):.1e} over {depth.max() - depth.min()} layers."
+        )
+    else:
+        total, word = 0.0, "HOLDS"
+    gain, following = report.log_gain_backward, following_site(report.depth)
+    usual = np.median(gain[np.isfinite(gain)]) if np.isfinite(gain).any() else 0.0
+    sharp = [i for i in range(len(gain)) if math.isfinite(gain[i]) and abs(gain[i] - usual) > _SHARP]
+    if sharp or word != "HOLDS":
+        sign = 1 if word == "EXPLODES" else -1
+        ranked = sorted(sharp, key=lambda i: -abs(gain[i] - usual)) or sorted(
+            (i for i in range(len(gain)) if math.isfinite(gain[i])), key=lambda i: -sign * gain[i]
+        )
+        parts = [f"{report.site[following[i]]} -> {report.site[i]} ({gain[i]:+.1f})" for i in ranked[:3]]
+        lines.append(f"Most responsible, in nats per step toward the input: {', '.join(parts)}.")
+    if word != "HOLDS" or sharp:
+        lines += _remedies(report, word, sharp)
+    return lines
+
+
+def _units(report):
+    lines = []
+    for field, word, least in (("dead_fraction", "dead", 0.1), ("saturated_fraction", "saturated", 0.9)):
+        share = getattr(report, field)
+        hit = [i for i in range(len(share)) if share[i] >= least]
+        if hit:
+            worst = max(hit, key=lambda i: share[i])
+            lines.append(
+                f"{word.capitalize()} units: at {len(hit)} sites {least:.0%} or more, most at {report.site[worst]} "
+                f"({share[worst]:.0%}, {report.activation[worst]})."
+            )
+    return lines
+
+
+def _remedies(report, word, sharp):
+    from vgrad import criticality  # theory: the numbers of the advice, and nothing of the measurement
+
+    lines = []
+    log_sigma = report.log_w - 0.5 * np.log(report.num_units)  # of weights of std sigma_w / sqrt(fan_in)
+    names = [a for a in report.activation if a]
+    phi = max(dict.fromkeys(names), key=names.count) if names else ""
+    dense = [i for i in range(len(names and report.site)) if report.activation[i] == phi and math.isfinite(log_sigma[i])]
+    if dense:
+        sigma_w = math.exp(float(np.median(log_sigma[dense])))
+        critical = math.nan
+        if phi in _KNOWN:
+            critical = float(criticality.critical_sigma_w(phi))
+        if math.isfinite(critical):
+            lines.append(
+                f"Try weights at the critical sigma_w of {phi}, {critical:.3g} (std {critical:.3g} / sqrt(fan_in)): they are at "
+                f"{sigma_w:.3g} in the median, so multiply them by {critical / sigma_w:.3g}."
+            )
+    if sharp:
+        following = following_site(report.depth)
+        suspects = sorted({following[i] for i in sharp}, key=lambda j: report.depth[j])
+        usual = float(np.median(log_sigma[np.isfinite(log_sigma)])) if np.isfinite(log_sigma).any() else math.nan
+        parts = [
+            f"{report.site[j]} (sigma_w {_decimal(log_sigma[j])}, the median site {_decimal(usual)})"
+            for j in suspects[:3] if abs(log_sigma[j] - usual) > math.log(10)
+        ]  # fmt: skip
+        if parts:
+            lines.append(f"Look at the weights of {', '.join(parts)}.")
+    layers = int(report.depth.max())
+    lines.append(
+        f"Or try normalisation in front of every product (pre-norm), or skip connections x + f(x) / sqrt(L) = x + {layers**-0.5:.2g} f(x)."
+    )
+    return lines
+
+
+_KNOWN = ("identity", "sigmoid", "tanh", "relu", "leaky_relu", "erf", "sin", "hard_tanh", "elu", "selu", "softplus", "gelu",
+          "gelu_tanh", "silu")  # fmt: skip
+
+
+def _decimal(ln):
+    return f"1e{ln / math.log(10):+.0f}" if abs(ln) > 9 else f"{math.exp(ln):.2g}"
+
+
+def _table(report: Diagnosis) -> str:
+    head = ["depth", "site", "kind", "phi", "ln|delta|", "ln|dW|", "ln|W|", "ln rms z", "zeros", "dead", "saturated", "back", "status"]
+    number = lambda v: "" if math.isnan(v) else f"{v:.2f}"  # noqa: E731
+    share = lambda v: "" if math.isnan(v) else f"{v:.0%}"  # noqa: E731
+    rows = [
+        [str(report.depth[i]), report.site[i], report.kind[i], report.activation[i], number(report.log_delta[i]),
+         number(report.log_grad_w[i]), number(report.log_w[i]), number(report.log_rms_z[i]), share(report.zero_fraction[i]),
+         share(report.dead_fraction[i]), share(report.saturated_fraction[i]), number(report.log_gain_backward[i]),
+         report.status[i]]
+        for i in range(len(report.site))
+    ]  # fmt: skip
+    widths = [max(len(row[k]) for row in [head, *rows]) for k in range(len(head))]
+    left = {1, 2, 3, 12}
+    line = lambda row: "  ".join(c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))  # noqa: E731
+    lines = [line(row).rstrip() for row in [head, *rows]]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

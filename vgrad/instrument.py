@@ -1,0 +1,318 @@
+"""Running somebody else's program with probes in it.
+
+The equations of a traced function are evaluated one by one through jax's own evaluator, and at every site of a `vgrad.sites.Plan` the
+output passes a probe (see `vgrad.probes`). The result is the same function, of the same value, with one argument more,
+
+    loss(params, args)  ->  run(plan, closed, params, args, probes) = (loss, token, facts),
+
+whose gradient with respect to the probes is the measurement. After every site all values in flight that depend on a site before them
+go through `split`, so that their cotangents arrive there at order 1: the range of the reading is that of an integer exponent, whatever
+the range of the program's floats.
+
+Functions under `jit` are entered as if they were written out. A loop, a rematerialised function and the branches of a conditional are
+entered with a token of their own, and what comes back from them is brought to one exponent with what went past them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core
+
+from vgrad import activations
+from vgrad.base import Array
+from vgrad.probes import NUM_STATS, norm_of, probe, split, stats_dtype, zero_token
+from vgrad.sites import CHECKPOINTS, INLINED, Path, Plan, bodies, opened, split_operands
+
+__all__ = ["probes_for", "run"]
+
+Facts = dict[tuple[Path, str], Array]
+
+
+def probes_for(plan: Plan) -> dict[Path, Array]:
+    """Zeros for every site, with an axis per loop around it: [T_1, ..., NUM_STATS]."""
+    return {
+        path: jnp.zeros((*(length for _, length, _, _ in site.loops), NUM_STATS), stats_dtype(site))
+        for path, site in plan.sites.items()
+    }
+
+
+def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array]) -> tuple[Any, Array, Facts]:
+    """Evaluates the traced function with its probes.
+
+    Returns:
+      (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are what
+      the forward pass saw, with an axis per loop in front: (site, "z") -> [3], the norm of the preactivation as (sumsq, exponent) and
+      1 where the site was reached; (site, "w") -> [2], that of the weights; (site, "phi") -> [2], fractions of dead units and of
+      saturated entries.
+    """
+    jaxpr, consts = opened(closed)
+    scope = _Scope(plan, probes, {"token": zero_token()}, {}, [])
+    out, _ = scope.walk(jaxpr, [*consts, *leaves, *args], [False] * (len(consts) + len(leaves) + len(args)), (), {})
+    return out, scope.state["token"], scope.facts
+
+
+class _Frame(NamedTuple):
+    """Values of one jaxpr that is being evaluated: `hot` are those that depend on a site, `last` is where each is used last."""
+
+    env: dict
+    hot: set
+    last: dict
+    at: dict
+
+    def live(self):
+        return [v for v in self.env if v in self.hot and self.last.get(v, -1) > self.at["eqn"]]
+
+
+class _Scope(NamedTuple):
+    """One level of tracing: the top, or the body of a loop, a branch, a rematerialised function."""
+
+    plan: Plan
+    probes: dict[Path, Array]
+    state: dict
+    facts: Facts
+    frames: list[_Frame]
+
+    def walk(self, jaxpr, values, hot, path, origins):
+        """Evaluates a jaxpr on the values of its constants and arguments. Returns the outputs, and which of them are hot."""
+        variables = [*jaxpr.constvars, *jaxpr.invars]
+        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
+        last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+        frame = _Frame(dict(zip(variables, values, strict=True)), set(), last, {"eqn": -1})
+        frame.hot.update(v for v, h in zip(variables, hot, strict=True) if h)
+        origins = {variables[k]: origin for k, origin in origins.items()}
+        read = lambda v: v.val if isinstance(v, core.Literal) else frame.env[v]  # noqa: E731
+        is_hot = lambda v: not isinstance(v, core.Literal) and v in frame.hot  # noqa: E731
+        self.frames.append(frame)
+        for i, eqn in enumerate(jaxpr.eqns):
+            frame.at["eqn"] = i
+            xs, hs = [read(v) for v in eqn.invars], [is_hot(v) for v in eqn.invars]
+            mine = {k: origins[v] for k, v in enumerate(eqn.invars) if not isinstance(v, core.Literal) and v in origins}
+            out, out_hot = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
+            for v, x, h in zip(eqn.outvars, out, out_hot, strict=True):
+                frame.env[v] = x
+                if h and _is_float(x):
+                    frame.hot.add(v)
+            origins.update(_origin(jaxpr, eqn, xs, mine, self.plan.derived.get((*path, i))))
+            if (*path, i) in self.plan.sites:
+                self.settle()
+            for v in {v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, core.Literal) and last.get(v, -1) <= i}:
+                frame.env.pop(v, None)
+        out = [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars]
+        self.frames.pop()
+        return out
+
+    def equation(self, jaxpr, eqn, xs, hot, here, origins):
+        name = eqn.primitive.name
+        inside = any(p[: len(here)] == here and len(p) > len(here) for p in self.plan.sites)
+        reads_phi = [site for site, (at, _, _) in self.plan.phi.items() if at == here]
+        if name in INLINED and not reads_phi:
+            body, consts = opened(bodies(eqn)[0])
+            num = len(consts)
+            return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: o for k, o in origins.items()})
+        if inside and name in _ENTER:
+            return _ENTER[name](self, eqn, xs, hot, here)
+        out = _evaluate(jaxpr, eqn, xs)
+        site, hot = self.plan.sites.get(here), [any(hot)] * len(out)
+        if site is not None:
+            out, hot = list(out), [True] * len(out)
+            out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, origins)
+        for path in self.plan.biased.get(here, ()):
+            self.facts[path, "z"] = _seen(out[0])
+        for path in reads_phi:
+            _, operand, phi = self.plan.phi[path]
+            self.facts[path, "phi"] = _units_behind(phi, xs[operand], self.plan.sites[path])
+        return out, hot
+
+    def probed(self, jaxpr, eqn, xs, z, site, origins):
+        weights_vjp = None
+        if site.operand >= 0:
+            base, fn = origins.get(site.operand, (xs[site.operand], lambda v: v))
+            rest, base = lax.stop_gradient(([x for k, x in enumerate(xs) if k != site.operand], base))
+            self.facts[site.path, "w"] = norm_of(base)
+
+            def product(w):
+                operands = [*rest[: site.operand], fn(w), *rest[site.operand :]]
+                return _evaluate(jaxpr, eqn, operands)[site.output]
+
+            _, weights_vjp = jax.vjp(product, base)
+        self.facts[site.path, "z"] = _seen(z)
+        z, self.state["token"] = probe(z, self.probes[site.path], self.state["token"], weights_vjp)
+        return z
+
+    def settle(self):
+        """Brings the cotangents of everything in flight to order 1."""
+        refs = [(frame, v) for frame in self.frames for v in frame.live()]
+        if refs:
+            values = [frame.env[v] for frame, v in refs]
+            (values,), (self.state["token"],) = split((values,), (zero_token(),), self.state["token"])
+            for (frame, v), x in zip(refs, values, strict=True):
+                frame.env[v] = x
+
+    def fork(self, groups, ports):
+        """Splits off tokens for groups of values, one for each port, from that of everything in flight."""
+        refs = [(frame, v) for frame in self.frames for v in frame.live()]
+        flying = [frame.env[v] for frame, v in refs]
+        (*groups, flying), (*ports, self.state["token"]) = split((*groups, flying), (*ports, zero_token()), self.state["token"])
+        for (frame, v), x in zip(refs, flying, strict=True):
+            frame.env[v] = x
+        return groups, ports
+
+    def own(self, here):
+        """The probes of the sites within an equation."""
+        return {p: x for p, x in self.probes.items() if p[: len(here)] == here}
+
+
+def _checkpoint(scope: _Scope, eqn, xs, hot, here):
+    body, consts = opened(bodies(eqn)[0])
+    carried = [k for k, h in enumerate(hot) if h]
+    ([inner], [token]) = scope.fork([[xs[k] for k in carried]], [zero_token()])
+    xs = _put(xs, carried, inner)
+    static = {}
+
+    def call(probes, token, xs):
+        within = _Scope(scope.plan, probes, {"token": token}, {}, [])
+        out, static["hot"] = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
+        return out, within.state["token"], within.facts
+
+    options = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
+    out, token, facts = jax.checkpoint(call, **options)(scope.own(here), token, xs)
+    scope.facts.update(facts)
+    scope.state["token"] = scope.state["token"] + token
+    return out, static["hot"]
+
+
+def _cond(scope: _Scope, eqn, xs, hot, here):
+    carried = [k for k, h in enumerate(hot) if h]
+    ([inner], [token]) = scope.fork([[xs[k] for k in carried]], [zero_token()])
+    xs = _put(xs, carried, inner)
+    static, own = [], scope.own(here)
+
+    def branch(k):
+        body, consts = opened(bodies(eqn)[k])
+
+        def call(probes, token, *xs):
+            within = _Scope(scope.plan, probes, {"token": token}, {}, [])
+            out, out_hot = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
+            static.append(out_hot)
+            return out, within.state["token"], within.facts
+
+        return call
+
+    calls = [branch(k) for k in range(len(bodies(eqn)))]
+    shapes = {}
+    for call in calls:
+        shapes |= jax.eval_shape(call, own, token, *xs[1:])[2]
+
+    def filled(call):
+        def whole(*operands):
+            out, token, facts = call(*operands)
+            return out, token, {key: facts.get(key, jnp.zeros(s.shape, s.dtype)) for key, s in shapes.items()}
+
+        return whole
+
+    out, token, facts = lax.switch(xs[0], [filled(c) for c in calls], own, token, *xs[1:])
+    scope.facts.update(facts)
+    scope.state["token"] = scope.state["token"] + token
+    return out, [any(h) for h in zip(*static, strict=True)]
+
+
+def _scan(scope: _Scope, eqn, xs, hot, here):
+    body, consts = opened(bodies(eqn)[0])
+    num_consts, num_carry = split_operands(eqn, body)
+    length, num = eqn.params["length"], len(xs)
+    # The cotangent of a constant adds up over the iterations, each at an exponent of its own. So a constant that depends on a site
+    # travels in the carry, where it is rescaled with the rest.
+    moved = [k for k in range(num_consts) if hot[k]]
+    carried = [*moved, *(k for k in range(num_consts, num_consts + num_carry))]
+    floats = [k for k in carried if _is_float(xs[k])]
+    scanned = list(range(num_consts + num_carry, num))
+    hot_scanned = [k for k in scanned if hot[k] and _is_float(xs[k])]
+    (inner, over), (token, ports) = scope.fork(
+        [[xs[k] for k in floats], [xs[k] for k in hot_scanned]], [zero_token(), zero_token(length)]
+    )
+    xs = _put(_put(xs, floats, inner), hot_scanned, over)
+    body_hot = [k in floats or k in hot_scanned for k in range(num)]
+    static = {}
+
+    def step(carry, slices):
+        token, values = carry
+        port, own, sliced = slices
+        inputs = _put(_put(xs, carried, values), scanned, sliced)
+        within = _Scope(scope.plan, own, {"token": token + port}, {}, [])
+        out, out_hot = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
+        static["hot"] = out_hot
+        new, ys = [*values[: len(moved)], *out[:num_carry]], list(out[num_carry:])
+        # What leaves for the next iteration and what leaves the loop come back at exponents of their own.
+        leaving = [k for k, y in enumerate(ys) if out_hot[num_carry + k] and _is_float(y)]
+        staying = [k for k, x in enumerate(new) if _is_float(x)]
+        (kept, left), (token, port) = split(
+            ([new[k] for k in staying], [ys[k] for k in leaving]), (zero_token(), zero_token()), within.state["token"]
+        )
+        return (token, _put(new, staying, kept)), (_put(ys, leaving, left), port, within.facts)
+
+    start = (token, [xs[k] for k in carried])
+    over = (ports, scope.own(here), [xs[k] for k in scanned])
+    options = {k: eqn.params[k] for k in ("reverse", "unroll") if k in eqn.params}
+    (token, values), (ys, ports, facts) = lax.scan(step, start, over, length=length, **options)
+    scope.facts.update(facts)
+    scope.state["token"] = scope.state["token"] + token + jnp.sum(ports)
+    return [*values[len(moved) :], *ys], [True] * num_carry + static["hot"][num_carry:]
+
+
+_ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}
+
+
+def _evaluate(jaxpr, eqn, xs) -> list:
+    """One equation, through jax's evaluator: with its name stack and under its settings."""
+    given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not isinstance(v, core.Literal)}
+    literals = [k for k, v in enumerate(eqn.invars) if isinstance(v, core.Literal)]
+    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    one = core.Jaxpr([], list(given), eqn.outvars, [eqn], eqn.effects, debug_info=info)
+    del literals
+    return list(jax.core.eval_jaxpr(one, [], *given.values()))
+
+
+def _origin(jaxpr, eqn, xs, origins, derived) -> dict:
+    """The outputs that are computed from a parameter leaf otherwise than by moving its entries: the leaf and the function."""
+    name = eqn.primitive.name
+    copies = name in ("broadcast_in_dim", "gather")
+    k = derived if derived is not None else 0 if (origins.get(0) or copies) else None
+    if k is None or len(eqn.outvars) != 1 or name in INLINED or (k not in origins and derived is None and not copies):
+        return {}
+    base, fn = origins.get(k, (xs[k], lambda v: v))
+    others = list(lax.stop_gradient([x for j, x in enumerate(xs) if j != k]))
+    return {eqn.outvars[0]: (base, lambda v: _evaluate(jaxpr, eqn, [*others[:k], fn(v), *others[k:]])[0])}
+
+
+def _seen(z):
+    n = norm_of(lax.stop_gradient(z))
+    return jnp.concatenate([n, jnp.ones(1, n.dtype)])
+
+
+def _units_behind(name, z, site):
+    """Fractions of units whose activation is flat over the whole batch, and of entries where its slope is below a tenth of its best."""
+    z = lax.stop_gradient(z)
+    if name not in activations.REGISTRY or not z.size:
+        return jnp.full(2, jnp.nan, stats_dtype(z))
+    known = activations.facts(name)
+    slope = jnp.abs(jax.jvp(known.phi, (z,), (jnp.ones_like(z),))[1])
+    units = site.units if z.shape == site.shape else (z.ndim - 1,)
+    others = tuple(a for a in range(z.ndim) if a not in units)
+    dead = jnp.mean(jnp.all(slope == 0, axis=others).astype(stats_dtype(z)))
+    flat = jnp.mean((slope < 0.1 * max(map(abs, known.slope_range))).astype(stats_dtype(z)))
+    return jnp.stack([dead, flat])
+
+
+def _put(xs, where, values):
+    out = list(xs)
+    for k, x in zip(where, values, strict=True):
+        out[k] = x
+    return out
+
+
+def _is_float(x) -> bool:
+    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

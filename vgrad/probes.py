@@ -1,0 +1,120 @@
+"""Reading cotangents on their way through somebody else's program, at any magnitude.
+
+Two identities with derivatives of their own. `probe` passes the cotangent of a value on and gives, as the cotangent of a dummy
+argument, norms of what it saw: O(1) memory a site. `split` keeps the backward pass within the float range. Backpropagation is
+linear in the cotangent, so at any point of the program all cotangents in flight may be divided by one power of two,
+
+    c_i -> c_i 2^-e,    E -> E + e,    2^(e-1) <= max_i max|c_i| < 2^e,
+
+which is exact, if somebody keeps E. A **token** does: a number, always zero, that is threaded through the program beside the values,
+so that its own cotangent travels down with theirs, and that cotangent is E. The transposes of ordinary sums do the rest: where
+tokens are added, E is copied to each of them.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from vgrad.base import Array
+from vgrad.scaled import exponent, pow2
+
+__all__ = ["NUM_STATS", "norm_of", "probe", "split", "stats_dtype", "zero_token"]
+
+NUM_STATS = 5  # of a probe: (sumsq, exponent) of delta, the fraction of its zeros, (sumsq, exponent) of dJ/dW
+_NONE = -(2.0**30)  # the "exponent" of zero: below all others
+
+
+def zero_token(length: int | None = None) -> Array:
+    """A token, or one per iteration of a loop."""
+    return jnp.zeros(() if length is None else (length,), jnp.float32)
+
+
+def norm_of(x: Array) -> Array:
+    """Frobenius norm of a value of any float dtype as the pair (sumsq, exponent), norm = sqrt(sumsq) 2^exponent. Shape [2]."""
+    x = _wide(x)
+    e = _top(x)
+    x = pow2(x, -jnp.where(e == _NONE, 0, e).astype(jnp.int32))
+    return jnp.stack([jnp.sum(jnp.square(x)), jnp.where(e == _NONE, 0, e).astype(x.dtype)])
+
+
+@jax.custom_vjp
+def probe(z: Array, p: Array, token: Array, weights_vjp: Any):
+    """(z, token) unchanged; the cotangent of `p` is what is seen of dJ/dz.
+
+    Args:
+      z: the value that is read. Any shape.
+      p: zeros of shape [NUM_STATS], of `stats_dtype(z)`.
+      token: see the module.
+      weights_vjp: function from dJ/dz to (dJ/dW,), a pytree as from `jax.vjp`, or None: then the readings of dJ/dW are NaN.
+    """
+    return z, token
+
+
+def _probe_bwd(weights_vjp, cotangents):
+    c, e = cotangents
+    dtype = stats_dtype(c)
+    zeros = jnp.mean((c == 0).astype(dtype)) if c.size else jnp.zeros((), dtype)
+    grad_w = jnp.full(2, jnp.nan, dtype) if weights_vjp is None else norm_of(weights_vjp(c)[0]).astype(dtype)
+    shift = jnp.stack([jnp.zeros_like(e), e]).astype(dtype)
+    return c, jnp.concatenate([norm_of(c) + shift, zeros[None], grad_w + shift]), e, None
+
+
+probe.defvjp(lambda z, p, token, weights_vjp: ((z, token), weights_vjp), _probe_bwd)
+
+
+@jax.custom_vjp
+def split(groups, ports, token: Array):
+    """Values in groups, and a token for each, from one token: the identity, whose transpose brings all cotangents to one exponent.
+
+    Args:
+      groups: tuple of lists of arrays.
+      ports: the zero tokens that are to go with the groups; one of shape [T] goes with values that have a leading axis T.
+      token: the one that they are split from. Its value is returned in none: it is zero.
+    Returns:
+      (groups, ports).
+    """
+    return groups, ports
+
+
+def _split_bwd(_, cotangents):
+    groups, exponents = cotangents
+    tops = [_top(c, e.ndim) + e for group, e in zip(groups, exponents, strict=True) for c in group if c.size]
+    highest = jnp.max(jnp.stack([jnp.max(t, initial=_NONE) for t in tops])) if tops else jnp.max(exponents[0])
+    # Where all is zero, or not finite, the exponent stays that of the first group.
+    highest = jnp.where(highest > _NONE / 2, highest, jnp.max(exponents[0], initial=_NONE))
+    scaled = tuple([_times(c, e - highest) for c in group] for group, e in zip(groups, exponents, strict=True))
+    return scaled, tuple(jnp.zeros_like(e) for e in exponents), highest
+
+
+split.defvjp(lambda groups, ports, token: ((groups, ports), None), _split_bwd)
+
+
+def _times(c, e):
+    """c * 2^e, where e may have the leading axis of c."""
+    e = jnp.clip(jnp.reshape(e, e.shape + (1,) * (c.ndim - e.ndim)), -(2.0**20), 2.0**20).astype(jnp.int32)
+    if jnp.iscomplexobj(c):
+        return lax.complex(pow2(c.real, e), pow2(c.imag, e))
+    return pow2(c, jnp.broadcast_to(e, c.shape))
+
+
+def _top(c, num_leading=0):
+    """The float e with 2^(e-1) <= max|c| < 2^e; `_NONE` for zero. Over all axes but the leading ones."""
+    a = _wide(c)
+    axes = tuple(range(num_leading, a.ndim))
+    largest = jnp.max(a, axis=axes, initial=0)
+    # A subnormal has no exponent in its bits: it is counted as the smallest normal number.
+    least = jnp.asarray(jnp.finfo(a.dtype).minexp, jnp.float32)
+    e = jnp.where(largest < jnp.finfo(a.dtype).tiny, least, exponent(a, axes).astype(jnp.float32))
+    return jnp.where(largest == 0, _NONE, e)
+
+
+def _wide(x):
+    """|x| in float32, or in float64 where x is that wide."""
+    return jnp.abs(x).astype(stats_dtype(x))
+
+
+def stats_dtype(x) -> Any:
+    """The dtype in which norms of x are taken."""
+    return jnp.float64 if jnp.finfo(x.dtype).bits == 64 else jnp.float32

@@ -1,0 +1,369 @@
+"""Where a program keeps its layers: the analysis behind `vgrad.diagnose`.
+
+A JAX function is traced to a jaxpr, a list of equations, and a layer is recognised there without the help of any framework: it is a
+matrix product or a convolution one of whose operands is a **view** of a parameter leaf, that is
+
+    operand = layout(leaf),    layout made of reshape, transpose, convert, slice, broadcast, ...
+
+Such an equation is a *site*, named by the leaf's path in the parameter tree. A value marked by `tap` is one too. The analysis walks
+the equations once, without numbers, and carries a `Flow` for every value: which leaf it is a view of, which leaves it depends on,
+how many sites lie before it, and of which sites it is still the preactivation. From the last comes the guess at the activation.
+
+A loop's body is walked until the flows of its carry no longer change, which takes two or three rounds.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.extend import core
+
+__all__ = ["CHECKPOINTS", "INLINED", "Flow", "Plan", "Site", "analyse", "bodies", "opened", "split_operands", "tap"]
+
+INLINED = {"jit", "pjit", "closed_call", "core_call"}
+CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+_PRODUCTS = {"dot_general": "dot", "ragged_dot": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv"}
+_LAYOUT = {
+    "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather", "name", "pad", "reduce_precision",
+    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
+_NONLINEAR = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf", "sin": "sin"}
+_NAMED = {"elu", "gelu", "hard_tanh", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "celu", "mish"}
+_GATED = {"sigmoid": "silu", "erf": "gelu", "tanh": "gelu_tanh"}  # what z times the activation of z is
+
+Path = tuple[int, ...]
+
+
+def tap(x, name: str):
+    """Marks x as a site that `vgrad.diagnose` shows under `name`. The identity, under every transformation of jax.
+
+    For what is not a product with a parameter: an embedding, a norm's output or scale, a residual stream. It is
+    `jax.ad_checkpoint.checkpoint_name`, so values that are named for a rematerialisation policy are sites as well.
+
+    Args:
+      x: array, or pytree of arrays, of any shape.
+      name: how the report calls it.
+    """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"the name of a tap is {name!r}, expected a string: tap(x, 'embedding').")
+    return checkpoint_name(x, name)
+
+
+class Flow(NamedTuple):
+    """What is known of a value.
+
+    Attributes:
+      leaf: index of the parameter leaf that it is a view of, or computed from elementwise; -1 for none.
+      rank: how sure that is: 3 a view, 2 computed elementwise from parameters and constants, 1 looked up by data, 0 no leaf.
+      data: whether it depends on anything but parameters and constants.
+      deps: the leaves it depends on differentiably, as bits.
+      depth: the number of sites on the longest way to it.
+      tags: the sites it is the preactivation of, whatever shifts and norms came between.
+      own: whether it is exactly the product, or the product and its bias.
+      acted: the activation that it is the value of, and of which sites.
+      uniform: whether it is one number, broadcast.
+    """
+
+    leaf: int = -1
+    rank: int = 0
+    data: bool = False
+    deps: int = 0
+    depth: int = 0
+    tags: tuple[Path, ...] = ()
+    own: bool = False
+    acted: tuple[str, tuple[Path, ...]] = ("", ())
+    uniform: bool = False
+
+
+class Site(NamedTuple):
+    """One product, convolution, tap or opaque equation that a parameter feeds.
+
+    Attributes:
+      path: where it stands: the index of its equation, preceded by those of the equations and branches around it.
+      kind: "dot", "conv", "tap" or "opaque".
+      name: of the leaf, or of the tap.
+      depth: number of sites on the longest way from the input to this one, itself included; of the first iteration of a loop.
+      operand: which operand the weights are; -1 for none.
+      output: which output is read.
+      units: the axes of the output that count units.
+      shape, dtype: of the output.
+      loops: for every loop around it, the length of its path up to the loop's equation, the number of iterations, by how much the
+        depth grows per iteration, and whether it runs from the last to the first.
+    """
+
+    path: Path
+    kind: str
+    name: str
+    depth: int
+    operand: int
+    output: int
+    units: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    loops: tuple[tuple[int, int, int, bool], ...] = ()
+
+
+class Plan(NamedTuple):
+    """What there is to read in a program, by path.
+
+    Attributes:
+      sites: the sites.
+      biased: equation that adds the bias -> the sites whose preactivation is then complete.
+      phi: site -> (equation, its operand, name) of the activation behind it.
+      derived: equations that compute weights from a leaf other than by a change of layout -> the operand that holds the leaf.
+      used: the leaves the output depends on, as bits.
+    """
+
+    sites: dict[Path, Site]
+    biased: dict[Path, tuple[Path, ...]]
+    phi: dict[Path, tuple[Path, int, str]]
+    derived: dict[Path, int]
+    used: int = 0
+
+
+def opened(jaxpr) -> tuple[Any, list]:
+    """A jaxpr, open or closed, as an open one and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def bodies(eqn) -> list:
+    """The jaxprs that an equation holds: the body of a loop, the branches of a conditional."""
+    values = [w for v in eqn.params.values() for w in (v if isinstance(v, tuple | list) else (v,))]
+    return [v for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
+
+
+def split_operands(eqn, body) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a scan. Told by their shapes: what is scanned over has an axis more outside."""
+    extra = lambda outer, inner: sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True))  # noqa: E731
+    num_carry = len(eqn.outvars) - extra(eqn.outvars, body.outvars)
+    return len(eqn.invars) - num_carry - extra(eqn.invars, body.invars), num_carry
+
+
+def analyse(closed, leaves: list[str]) -> Plan:
+    """Finds the sites of a traced function whose first arguments are the parameter leaves of these names."""
+    plan = Plan({}, {}, {}, {})
+    jaxpr, consts = opened(closed)
+    flows = [Flow(leaf=i, rank=3, deps=1 << i) for i in range(len(leaves))]
+    flows += [Flow(data=True)] * (len(jaxpr.invars) - len(leaves))
+    out = _Walk(plan, leaves, ()).walk(jaxpr, [Flow()] * len(consts), flows, ())
+    return plan._replace(used=out[0].deps)
+
+
+class _Walk(NamedTuple):
+    """A walk over the equations of one scope. `loops` are those around it."""
+
+    plan: Plan
+    leaves: list[str]
+    loops: tuple
+
+    def walk(self, jaxpr, const_flows, flows, path) -> list[Flow]:
+        env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*const_flows, *flows], strict=True))
+        look = lambda v: Flow() if isinstance(v, core.Literal) else env[v]  # noqa: E731
+        for i, eqn in enumerate(jaxpr.eqns):
+            out = self.equation(eqn, [look(v) for v in eqn.invars], (*path, i))
+            for v, flow in zip(eqn.outvars, out, strict=True):
+                env[v] = flow if _is_float(v.aval) else flow._replace(deps=0)
+        return [look(v) for v in jaxpr.outvars]
+
+    def equation(self, eqn, flows, here) -> list[Flow]:
+        name = eqn.primitive.name
+        if name in _PRODUCTS:
+            return self.product(eqn, flows, here)
+        if name == "name" and _is_float(eqn.outvars[0].aval):
+            return [self.site(eqn, flows, here, "tap", str(eqn.params["name"]), -1, 0, flows[0])]
+        event = _activation(eqn, flows)
+        if event:
+            return self.activated(eqn, flows, here, *event)
+        if name in INLINED | CHECKPOINTS:
+            body, consts = opened(bodies(eqn)[0])
+            return self.walk(body, [Flow()] * len(consts), flows, here)
+        if name == "scan":
+            return self.scan(eqn, flows, here)
+        if name == "cond":
+            return self.cond(eqn, flows, here)
+        if name == "stop_gradient":
+            return [flows[0]._replace(leaf=-1, rank=0, deps=0)]
+        if name == "optimization_barrier":
+            return flows
+        if bodies(eqn) and any(_products(b) for b in bodies(eqn)):
+            return self.opaque(eqn, flows, here)
+        if name in _LAYOUT:
+            return [self.layout(eqn, flows, v) for v in eqn.outvars]
+        return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
+
+    def site(self, eqn, flows, here, kind, name, operand, output, out: Flow) -> Flow:
+        """Records a site and returns the flow of its output."""
+        depth = 1 + max(f.depth for f in flows)
+        aval = eqn.outvars[output].aval
+        self.plan.sites[here] = Site(
+            here, kind, name, depth, operand, output, _units(eqn, operand, output), aval.shape, aval.dtype, self.loops
+        )
+        return out._replace(depth=depth, tags=(here,), own=True, acted=("", ()), uniform=False)
+
+    def product(self, eqn, flows, here):
+        merged = _merged(flows)
+        operand = max(range(2), key=lambda k: (flows[k].rank, k))
+        if not flows[operand].rank or not _is_float(eqn.outvars[0].aval):
+            return [merged._replace(data=True)]
+        only_params = all(f.rank >= 2 and not f.data for f in flows[:2])
+        out = merged._replace(leaf=flows[operand].leaf, rank=2) if only_params else merged._replace(data=True)
+        return [self.site(eqn, flows, here, _PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
+
+    def opaque(self, eqn, flows, here):
+        """An equation that is not entered, for it has a derivative of its own or none: one site, its largest output."""
+        merged = _merged(flows)._replace(data=True)
+        out = [merged] * len(eqn.outvars)
+        weights = [k for k, f in enumerate(flows) if f.rank and _is_float(eqn.invars[k].aval)]
+        readable = [j for j, v in enumerate(eqn.outvars) if _is_float(v.aval)]
+        if weights and readable:
+            operand = max(weights, key=lambda k: (len(eqn.invars[k].aval.shape) > 1, flows[k].rank, -k))
+            output = max(readable, key=lambda j: math.prod(eqn.outvars[j].aval.shape))
+            inside = [_PRODUCTS[n] for b in bodies(eqn) for n in _products(b)]
+            kind = inside[0] if eqn.primitive.name == "custom_jvp_call" and len(inside) == 1 else "opaque"
+            depth = self.site(eqn, flows, here, kind, self.leaves[flows[operand].leaf], operand, output, merged)
+            out = [depth if j == output else merged._replace(depth=depth.depth) for j in range(len(out))]
+        return out
+
+    def scan(self, eqn, flows, here):
+        body, consts = opened(bodies(eqn)[0])
+        num_consts, num_carry = split_operands(eqn, body)
+        base = max([0, *(f.depth for f in flows)])
+        plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", ()), uniform=False)  # noqa: E731
+        inner = [plain(f) for f in flows]
+        carry = slice(num_consts, num_consts + num_carry)
+        length, reverse = eqn.params["length"], eqn.params["reverse"]
+        scratch = self._replace(plan=Plan({}, {}, {}, {}))
+        while True:
+            out = scratch.walk(body, [Flow()] * len(consts), inner, here)
+            joined = [_either(f, plain(g)) for f, g in zip(inner[carry], out[:num_carry], strict=True)]
+            if joined == inner[carry]:
+                break
+            inner[carry] = joined
+        step = max([0, *(f.depth - base for f in out[:num_carry])])
+        loops = (*self.loops, (len(here), length, step, reverse))
+        out = self._replace(loops=loops).walk(body, [Flow()] * len(consts), inner, here)
+        return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
+
+    def cond(self, eqn, flows, here):
+        plain = lambda f: f._replace(tags=(), own=False, acted=("", ()))  # noqa: E731
+        every = []
+        for k, branch in enumerate(bodies(eqn)):
+            body, consts = opened(branch)
+            every.append(self.walk(body, [Flow()] * len(consts), [plain(f) for f in flows[1:]], (*here, k)))
+        out = every[0]
+        for other in every[1:]:
+            out = [_either(f, g) for f, g in zip(out, other, strict=True)]
+        return [plain(f)._replace(data=f.data or flows[0].data) for f in out]
+
+    def layout(self, eqn, flows, out):
+        f, name = flows[0], eqn.primitive.name
+        if any(g.data for g in flows[1:]) or (name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1):
+            f = f._replace(rank=min(f.rank, 1), data=f.data or any(g.data for g in flows[1:]))
+        uniform = f.uniform or math.prod(eqn.invars[0].aval.shape) == 1
+        return f._replace(depth=max(g.depth for g in flows), uniform=uniform)
+
+    def elementwise(self, eqn, flows, here, out):
+        shape = lambda k: eqn.invars[k].aval.shape  # noqa: E731
+        merged = _merged(flows)
+        same = [k for k in range(len(flows)) if shape(k) == out.aval.shape]
+        # Weights computed from a leaf: by parameters and constants alone, or divided by one number such as a spectral norm.
+        leaf = max(same, key=lambda k: flows[k].rank, default=-1)
+        if leaf >= 0 and flows[leaf].rank >= 2 and all(k == leaf or not f.data or f.uniform for k, f in enumerate(flows)):
+            self.plan.derived[here] = leaf
+            merged = merged._replace(leaf=flows[leaf].leaf, rank=2, data=False)
+        tags = tuple(dict.fromkeys(t for k in same for t in flows[k].tags))
+        own = False
+        if tags and eqn.primitive.name == "add":
+            bias = [f for f in flows if not f.tags]
+            own = len(bias) == 1 and not bias[0].data and any(f.own for f in flows)
+            if own and bias[0].leaf >= 0:
+                self.plan.biased[here] = tags
+        acted = next((f.acted for k, f in enumerate(flows) if f.acted[0] and k in same), ("", ()))
+        if acted[0]:
+            tagged = [k for k in same if flows[k].tags and set(flows[k].tags) & set(acted[1])]
+            if eqn.primitive.name == "mul" and tagged and acted[0] in _GATED:
+                return self.activated(eqn, flows, here, tagged[0], _GATED[acted[0]], upgrade=True)[0]
+            tags = () if not tagged else tags
+        return merged._replace(tags=tags, own=own, acted=acted)
+
+    def activated(self, eqn, flows, here, operand, name, *, upgrade=False):
+        """Records that `name` is what acts on the sites of an operand, unless another activation came first."""
+        tags = flows[operand].tags
+        for site in tags:
+            if upgrade or site not in self.plan.phi:
+                self.plan.phi[site] = (here, operand, name)
+        return [_merged(flows)._replace(data=True, acted=(name, tags))] * len(eqn.outvars)
+
+
+def _activation(eqn, flows):
+    """The operand and the name of the activation that an equation is, if it acts on a preactivation."""
+    tagged = [k for k, f in enumerate(flows) if f.tags]
+    name = eqn.primitive.name
+    if not tagged:
+        return None
+    if name in _NONLINEAR:
+        return tagged[0], _NONLINEAR[name]
+    if name == "max":
+        zeros = [v for v in eqn.invars if isinstance(v, core.Literal) and not jnp.ndim(v.val) and v.val == 0]
+        return (tagged[0], "relu") if zeros else None
+    if name not in INLINED and name != "custom_jvp_call":
+        return None
+    if eqn.params.get("name") in _NAMED:
+        return tagged[0], eqn.params["name"]
+    if name == "custom_jvp_call" and not any(_products(b) for b in bodies(eqn)):
+        return next(((tagged[0], n) for b in bodies(eqn) if (n := _nonlinearity(b))), None)
+    return None
+
+
+def _nonlinearity(body):
+    """The first activation in a body that has no parameters of its own."""
+    for eqn in opened(body)[0].eqns:
+        found = _NONLINEAR.get(eqn.primitive.name) or ("relu" if eqn.primitive.name == "max" else "")
+        if eqn.params.get("name") in _NAMED:
+            found = eqn.params["name"]
+        found = found or next((n for b in bodies(eqn) if (n := _nonlinearity(b))), "")
+        if found:
+            return found
+    return ""
+
+
+def _products(body) -> list[str]:
+    """The products in a body, and in those within it."""
+    return [
+        name
+        for eqn in opened(body)[0].eqns
+        for name in ([eqn.primitive.name] if eqn.primitive.name in _PRODUCTS else [n for b in bodies(eqn) for n in _products(b)])
+    ]
+
+
+def _units(eqn, operand, output) -> tuple[int, ...]:
+    """The axes of a site's output that count units: those that come from the weights."""
+    ndim = len(eqn.outvars[output].aval.shape)
+    if eqn.primitive.name == "dot_general":
+        contracted, batched = eqn.params["dimension_numbers"]
+        free = len(eqn.invars[operand].aval.shape) - len(contracted[0]) - len(batched[0])
+        first = len(batched[0]) if operand == 0 else ndim - free
+        return tuple(range(first, first + free))
+    if eqn.primitive.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].out_spec[1],)
+    return (ndim - 1,) if ndim else ()
+
+
+def _is_float(aval) -> bool:
+    return jnp.issubdtype(getattr(aval, "dtype", jax.dtypes.float0), jnp.inexact)
+
+
+def _merged(flows) -> Flow:
+    """The flow of a value computed from several."""
+    deps = 0
+    for f in flows:
+        deps |= f.deps
+    return Flow(data=any(f.data for f in flows), deps=deps, depth=max((f.depth for f in flows), default=0))
+
+
+def _either(f: Flow, g: Flow) -> Flow:
+    """The flow of a value that is one or the other."""
+    both = _merged([f, g])
+    return both._replace(leaf=f.leaf, rank=min(f.rank, g.rank)) if f.leaf == g.leaf else both._replace(data=True)
