@@ -80,7 +80,8 @@ def test_every_field_at_every_step_is_that_computed_by_hand(trained, grads, of, 
     np.testing.assert_array_equal(optax.tree.get(trained, f"{of}_steps"), np.arange(1, len(SIZES) + 1))
     weights = log_norms(at(PARAMS)[None])
     if of == "grad":
-        np.testing.assert_allclose(at(optax.tree.get(trained, "log_param_norm")), np.repeat(weights, len(SIZES)), rtol=1e-6, atol=1e-6)
+        expected = np.repeat(weights, len(SIZES))
+        np.testing.assert_allclose(at(optax.tree.get(trained, "log_param_norm")), expected, rtol=1e-6, atol=1e-6)
     else:  # inf for the bias, which is zero
         ratio = at(optax.tree.get(trained, "log_update_ratio"))
         np.testing.assert_allclose(ratio, readings - weights, rtol=1e-6, atol=1e-5)
@@ -175,8 +176,8 @@ def test_inside_multisteps_masked_and_multi_transform(grads):
     with jax.numpy_dtype_promotion("standard"):  # MultiSteps divides by an integer
         by_two, masked = both(jax.tree.map(lambda v: v[[0, 6, 0, 6]], grads))
     assert int(optax.tree.get(by_two, "grad_steps")) == 2
-    mean = np.mean(grads["dense"]["w"][[0, 6]], axis=0)
-    np.testing.assert_allclose(optax.tree.get(by_two, "log_grad_norm")["dense"]["w"], log_norms(mean[None])[0], rtol=1e-6, atol=1e-6)
+    of_mean = log_norms(np.mean(grads["dense"]["w"][[0, 6]], axis=0, keepdims=True))
+    np.testing.assert_allclose(optax.tree.get(by_two, "log_grad_norm")["dense"]["w"], of_mean[0], rtol=1e-6, atol=1e-6)
     assert vgrad.monitor_summary(masked).name == ("out",)
     assert vgrad.monitor_summary(masked).log_grad_norm[0] == pytest.approx(log_norms(grads["out"][6:])[0], abs=1e-6)
 
@@ -257,7 +258,7 @@ def test_the_summary_labels_pairs_and_flags(trained):
     assert summary.steps.tolist() == [7, 7, 7]
     assert summary.monitor.tolist() == [0, 0, 0]
     assert summary.num_nonfinite_grads.tolist() == [0, 2, 0]
-    assert summary.flags == ((), ("non-finite", "exploding", "vanishing"), ()) or summary.flags[1][:2] == ("non-finite", "exploding")
+    assert summary.flags == ((), ("non-finite", "exploding"), ())
     row = next(line for line in str(summary).splitlines() if line.startswith("dense/w"))
     assert f"{summary.log_grad_norm[1]:.2f}" in row
     assert f"{summary.log_update_ratio[1]:.2f}" in row
@@ -280,8 +281,8 @@ def _state(log_norm, *, zero=0, ratio=-7.0):
     ("readings", "flags"),
     [
         (dict(log_norm=-9.3), ("vanishing",)), (dict(log_norm=-9.1), ()), (dict(log_norm=6.8), ()),
-        (dict(log_norm=7.0), ("exploding",)), (dict(log_norm=0.0, zero=1), ("dead",)), (dict(log_norm=0.0, ratio=-16.2), ("stalled",)),
-        (dict(log_norm=0.0, ratio=-16.0), ()),
+        (dict(log_norm=7.0), ("exploding",)), (dict(log_norm=0.0, zero=1), ("dead",)),
+        (dict(log_norm=0.0, ratio=-16.2), ("stalled",)), (dict(log_norm=0.0, ratio=-16.0), ()),
     ],
 )  # fmt: skip
 def test_flags_at_their_thresholds(readings, flags):

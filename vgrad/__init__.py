@@ -1,6 +1,6 @@
 """vgrad: does the gradient survive the depth of a network, and if not, why?"""
 
-from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield
+from vgrad import activations, backprop, finite_width, fit, gaussian, initializers, layers, losses, meanfield, testing
 from vgrad.base import Affine, Block, Estimate, Network, Params, Profile
 from vgrad.diagnose import diagnose, tap
 from vgrad.diagnosis import Diagnosis
@@ -13,5 +13,5 @@ from vgrad.sweep import sweep
 __all__ = [
     "Affine", "Block", "Diagnosis", "Estimate", "Network", "Params", "Profile", "activations", "backprop", "diagnose",
     "finite_width", "fit", "gaussian", "initializers", "layers", "losses", "meanfield", "mlp",
-    "monitor", "monitor_summary", "profile", "stack", "sweep", "tap",
+    "monitor", "monitor_summary", "profile", "stack", "sweep", "tap", "testing",
 ]  # fmt: skip
