@@ -20,11 +20,11 @@ LEVELS = [
     [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
     [{"fit", "sweep"}],
     [{"sites", "probes", "diagnosis"}, {"instrument"}, {"diagnose"}, {"monitor"}, {"summary", "testing", "repair"}],
-    [{"data", "store", "plots"}, {"study"}, {"cli"}],
+    [{"data", "store", "plots", "target"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
-EDGE = {"study", "store", "plots", "cli", "data"}
+EDGE = {"study", "store", "plots", "cli", "data", "target"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together
 RANK = {name: (level, group) for level, groups in enumerate(LEVELS) for group, names in enumerate(groups) for name in names}
 

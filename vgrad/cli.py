@@ -1,4 +1,4 @@
-"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured.
+"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad diagnose` looks at a model of yours.
 
 Options and their help come from the types and docstrings of the functions and of `vgrad.study.Config`.
 """
@@ -6,6 +6,7 @@ Options and their help come from the types and docstrings of the functions and o
 import contextlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,8 @@ import tyro
 
 from vgrad import store
 from vgrad import study as studies
+from vgrad import target as targets
+from vgrad.diagnose import diagnose
 
 __all__ = ["main"]
 
@@ -65,6 +68,41 @@ def _plot(results: tyro.conf.Positional[Path], out: Path | None = None) -> None:
     print(studies.table(dataset))
     for written in plots.save_all(dataset, folder):
         print(written)
+
+
+@app.command(name="diagnose")
+def _diagnose(
+    target: tyro.conf.Positional[str], figure: Path | None = None, fail_on: tuple[targets.Problem, ...] = ()
+) -> None:
+    """Say where the gradient of a model dies, and why: a table and a verdict.
+
+    Args:
+      target: path/to/file.py:make, a function without arguments that returns (loss_fn, params, args).
+      figure: Where to draw the readings, a .png, .pdf or .svg file.
+      fail_on: What makes the command end with exit code 1, for continuous integration. A mistake ends it with 2.
+    """
+    if figure is not None:
+        store.check_writable(figure.parent)
+    try:
+        loss_fn, params, args = targets.load(target)
+        report = diagnose(loss_fn, params, *args)
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).parent != Path(__file__).parent:  # not raised here: a mistake in the model
+            traceback.print_exception(error)
+            sys.exit(2)
+        raise
+    print(report)
+    if figure is not None:
+        from vgrad import plots
+
+        plots.diagnosis(report).savefig(figure, dpi=130)
+        print(f"\n{figure}")
+    failed = {name: why for name, why in targets.problems(report).items() if name in fail_on}
+    for name, why in failed.items():
+        print(f"vgrad: {name}: {why}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
 
 
 def _all_devices():

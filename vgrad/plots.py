@@ -1,7 +1,7 @@
-"""Pictures of a study, drawn from the stored data alone.
+"""Pictures of a study, drawn from the stored data alone, and of a diagnosis.
 
-Every function takes the `xarray.Dataset` of `vgrad.study.run` and returns a `matplotlib.figure.Figure`. Lines differ in style as
-well as in colour, so that they can be told apart in grey.
+The functions in `FIGURES` take the `xarray.Dataset` of `vgrad.study.run`, `diagnosis` the report of `vgrad.diagnose`; all return a
+`matplotlib.figure.Figure`. Lines differ in style as well as in colour, so that they can be told apart in grey.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 
-__all__ = ["FIGURES", "attribution", "delta_over_layers", "grad_w1_against_depth", "save_all"]
+__all__ = ["FIGURES", "attribution", "delta_over_layers", "diagnosis", "grad_w1_against_depth", "save_all"]
 
 _STYLES = ["-", "--", "-.", ":"]
 _MARKERS = ["o", "s", "^", "v", "D", "P", "X", "*"]
@@ -82,6 +82,53 @@ def attribution(dataset) -> Figure:
         _say_if_empty(ax)
     title = f"What the weights and the activation do to the signal at each layer, depth {depth}"
     _finish(figure, axes, dataset, "layer $l$ (1 = input)", "change, nats per layer", title)
+    return figure
+
+
+_TITLES = (
+    "Norms at each site; a triangle below is exactly zero, a cross above NaN or inf",
+    "Change from the site to the next deeper one, and of the gradient on the way back",
+    "Shares of units and entries",
+)
+
+
+def diagnosis(report) -> Figure:
+    """The sites of a `vgrad.Diagnosis` in execution order: norms above, what each step does to them below, shares of units last.
+
+    A triangle at the lower edge marks a reading of exactly zero, a cross at the upper edge one that is NaN or inf.
+    """
+    num = len(report.site)
+    at, width = np.arange(1, num + 1), min(18.0, max(9.0, 4.5 + 0.3 * num))
+    figure = Figure(figsize=(width, 8.2), layout="constrained")
+    axes: Any = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1.5])
+    lines = {
+        r"$\ln\,\|\delta\|$, backpropagated signal": report.log_delta, r"$\ln\,\|\partial J/\partial W\|$": report.log_grad_w,
+        r"$\ln\,\|W\|$": report.log_w, r"$\ln\,\mathrm{rms}\,z$, forward signal": report.log_rms_z,
+    }  # fmt: skip
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(lines)))
+    for i, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
+        style = dict(color=colour, linestyle=_STYLES[i], marker=_MARKERS[i], markersize=4, linewidth=1.4)
+        axes[0].plot(at, _finite(values), label=label, **style)
+        for marker, height, hit in (("v", 0.02 + 0.03 * i, np.isneginf(values)), ("x", 0.97, ~np.isfinite(values) & ~np.isneginf(values))):
+            if hit.any() and not (marker == "x" and values is not report.log_delta):  # NaN elsewhere: a tap, which has no weights
+                axes[0].plot(at[hit], np.full(hit.sum(), height), marker, color=colour, transform=axes[0].get_xaxis_transform())
+    gains = (("backward", report.log_gain_backward, -0.2, dict(color="#3b6fb6")),
+             ("forward", report.log_gain_forward, 0.2, dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)))  # fmt: skip
+    for label, gain, shift, style in gains:
+        axes[1].bar(at + shift, np.nan_to_num(_finite(gain)), width=0.4, label=label, **style)
+    axes[1].axhline(0, color="0.3", linewidth=0.6)
+    shares = (("exact zeros in $\\delta$", report.zero_fraction), ("dead units", report.dead_fraction),
+              ("saturated entries", report.saturated_fraction))  # fmt: skip
+    for i, (label, share) in enumerate(shares):
+        axes[2].plot(at, 100 * share, _STYLES[i], marker=_MARKERS[i], color=colours[i], markersize=4, linewidth=1.4, label=label)
+    for ax, unit, title in zip(axes, ("nats", "nats per step", "per cent"), _TITLES, strict=True):
+        ax.set_ylabel(unit)
+        ax.set_title(title, loc="left", fontsize=10)
+    axes[2].set(ylim=(-5, 105), xlabel="site, in execution order (1 = nearest the input)")
+    for ax in axes:
+        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    if num <= 40:
+        axes[2].set_xticks(at, [name if len(name) <= 30 else "…" + name[-29:] for name in report.site], rotation=90, fontsize=7)
     return figure
 
 
