@@ -3,8 +3,12 @@
     report = vgrad.diagnose(loss_fn, params, *args)
 
 for any differentiable function of a pytree of parameters: nothing is registered or rewritten, and no framework is imported. The
-function is traced, `vgrad.sites` finds the products that parameters feed, `vgrad.instrument` puts a probe behind each of them, and one
-backward pass reads them all: delta = dJ/dz, and dJ/dW from it, at any magnitude. It costs about one gradient, and a compilation.
+function is traced, `vgrad.sites` finds the products that parameters feed, `vgrad.instrument` puts a probe behind each of them, and
+one backward pass reads them all,
+
+    delta = dJ/dz,    dJ/dW = (dz/dW)^T delta,
+
+at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient, and a compilation.
 
 >>> import jax, jax.numpy as jnp, vgrad
 >>> params = [jax.random.normal(key, (50, 50)) / 50**0.5 for key in jax.random.split(jax.random.key(0), 12)]
@@ -26,7 +30,6 @@ import numpy as np
 
 from vgrad.diagnosis import Diagnosis, following_site
 from vgrad.instrument import probes_for, run
-from vgrad.scaled import LogNorm, log
 from vgrad.sites import Plan, Site, analyse, tap
 
 __all__ = ["Diagnosis", "diagnose", "tap"]
@@ -80,7 +83,7 @@ def diagnose(
     for other in runs:
         now, _ = _arrays(other)
         if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
-            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected the same: drop an incomplete last batch.")
+            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop a smaller last one.")
         read.append(jax.device_get(measure(leaves, now)))
     return _assemble(plan, names, leaves, read)
 
@@ -136,7 +139,7 @@ def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays):
         raise TypeError(f"loss_fn is {type(loss_fn).__name__}, expected a function (params, *args) -> scalar.")
 
     def flat(leaves, arrays):
-        out = loss_fn(rebuild(leaves), *restore(arrays))
+        out: Any = loss_fn(rebuild(leaves), *restore(arrays))
         if has_aux:
             if not isinstance(out, tuple | list) or len(out) != 2:
                 raise ValueError(f"loss_fn returned {type(out).__name__} with has_aux=True, expected a pair (loss, aux).")
@@ -158,7 +161,7 @@ def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays):
 
 
 def _by_site(plan: Plan, stats, facts):
-    """Per site the readings [T_1, ..., 12]: of the probe (5), of z (3), of the weights (2) and of the activation (2)."""
+    """Per site the readings [T_1, ..., 13]: of the probe (6), of z (3), of the weights (2) and of the activation (2)."""
 
     def of(path):
         missing = jnp.full((*stats[path].shape[:-1], 2), jnp.nan, stats[path].dtype)
@@ -192,18 +195,19 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
             rows.append((key, label + suffix, site, depth, [np.asarray(readings[n][index], np.float64) for _, readings, _ in runs]))
     rows.sort(key=lambda row: row[0])
     depth = np.array([row[3] for row in rows])
-    read = np.moveaxis(np.array([row[4] for row in rows]), 2, 0)  # [12, rows, runs]
-    log_of = lambda k: log(LogNorm(read[k], read[k + 1]))  # noqa: E731
+    read = np.moveaxis(np.array([row[4] for row in rows]), 2, 0)  # [13, rows, runs]
+    log_of = lambda k: 0.5 * np.log(read[k]) + np.log(read[k + 1])  # noqa: E731
     size = np.array([max(1, np.prod(row[2].shape)) for row in rows])[:, None]
-    fields = {
-        "log_delta": log_of(0),
-        "log_grad_w": log_of(3),
-        "log_w": log_of(8),
-        "log_rms_z": log_of(5) - 0.5 * np.log(size),
-        "zero_fraction": read[2],
-        "dead_fraction": read[10],
-        "saturated_fraction": read[11],
-    }
+    with np.errstate(divide="ignore"):
+        fields = {
+            "log_delta": log_of(0) + read[4] * np.log(2),
+            "log_grad_w": log_of(2) + read[4] * np.log(2),
+            "log_w": log_of(9),
+            "log_rms_z": log_of(6) - 0.5 * np.log(size),
+            "zero_fraction": read[5],
+            "dead_fraction": read[11],
+            "saturated_fraction": read[12],
+        }
     following = following_site(depth)
     step = lambda v: np.where((following >= 0)[:, None], v[following] - v, np.nan)  # noqa: E731
     with np.errstate(invalid="ignore"):
@@ -211,7 +215,7 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
         fields["log_gain_backward"] = -step(fields["log_delta"])
         means = {name: v.mean(axis=1) for name, v in fields.items()}
         spread = {name: v.std(axis=1, ddof=1) for name, v in fields.items()} if len(runs) > 1 else {}
-    reached = (read[7] > 0).all(axis=1)
+    reached = (read[8] > 0).all(axis=1)
     return Diagnosis(
         site=tuple(row[1] for row in rows),
         kind=tuple(row[2].kind for row in rows),
@@ -244,5 +248,5 @@ def _unread(plan: Plan, names, leaves):
     shown = {site.name for site in plan.sites.values()}
     return tuple(
         name for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if plan.used >> i & 1 and leaf.ndim > 1 and name not in shown
+        if plan.used >> i & 1 and i not in plan.biases and name not in shown and sum(n > 1 for n in leaf.shape) > 1
     )  # fmt: skip

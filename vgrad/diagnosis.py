@@ -167,7 +167,8 @@ def _disconnected(report, dead):
         because = f"all units behind it are saturated ({report.activation[i]})"
     elif j >= 0:
         because = f"the gradient ends between {report.site[j]} and it: a stop_gradient, or saturated units"
-    return [f"DISCONNECTED: the gradient is exactly zero at {len(dead)} of {len(report.site)} sites, from {report.site[i]} on: {because}."]
+    where = f"at {len(dead)} of {len(report.site)} sites, from {report.site[i]} on"
+    return [f"DISCONNECTED: the gradient is exactly zero {where}: {because}."]
 
 
 def _trend(report):
@@ -177,10 +178,8 @@ def _trend(report):
     if math.isfinite(value):
         depth = report.depth[finite]
         total = value * (depth.max() - depth.min())
-        if abs(total) < _CLEAR or abs(value) < 2 * stderr:
-            word = "HOLDS"
-        else:
-            word = "VANISHES" if total < 0 else "EXPLODES"
+        unclear = abs(total) < _CLEAR or abs(value) < 2 * stderr
+        word = "HOLDS" if unclear else "VANISHES" if total < 0 else "EXPLODES"
         lines.append(
             f"The gradient {word}: {value:+.3f} ± {stderr:.3f} nats per layer toward the input, a factor "
             f"{math.exp(max(-700, min(700, total))):.1e} over {depth.max() - depth.min()} layers."
@@ -236,7 +235,7 @@ def _remedies(report, word, sharp):
             )
     if sharp:
         following = following_site(report.depth)
-        suspects = sorted({following[i] for i in sharp}, key=lambda j: report.depth[j])
+        suspects = sorted({int(following[i]) for i in sharp}, key=lambda j: report.depth[j])
         usual = float(np.median(log_sigma[np.isfinite(log_sigma)])) if np.isfinite(log_sigma).any() else math.nan
         parts = [
             f"{report.site[j]} (sigma_w {_decimal(log_sigma[j])}, the median site {_decimal(usual)})"
@@ -244,11 +243,8 @@ def _remedies(report, word, sharp):
         ]  # fmt: skip
         if parts:
             lines.append(f"Look at the weights of {', '.join(parts)}.")
-    layers = int(report.depth.max())
-    lines.append(
-        f"Or try normalisation in front of every product (pre-norm), or skip connections x + f(x) / sqrt(L) = x + {layers**-0.5:.2g} f(x)."
-    )
-    return lines
+    branch = f"x + f(x) / sqrt(L) = x + {report.depth.max() ** -0.5:.2g} f(x)"
+    return [*lines, f"Or try normalisation in front of every product (pre-norm), or skip connections {branch}."]
 
 
 _KNOWN = ("identity", "sigmoid", "tanh", "relu", "leaky_relu", "erf", "sin", "hard_tanh", "elu", "selu", "softplus", "gelu",
@@ -260,7 +256,8 @@ def _decimal(ln):
 
 
 def _table(report: Diagnosis) -> str:
-    head = ["depth", "site", "kind", "phi", "ln|delta|", "ln|dW|", "ln|W|", "ln rms z", "zeros", "dead", "saturated", "back", "status"]
+    head = ["depth", "site", "kind", "phi", "ln|delta|", "ln|dW|", "ln|W|", "ln rms z", "zeros", "dead", "saturated", "back"]
+    head += ["status"]
     number = lambda v: "" if math.isnan(v) else f"{v:.2f}"  # noqa: E731
     share = lambda v: "" if math.isnan(v) else f"{v:.0%}"  # noqa: E731
     rows = [

@@ -1,31 +1,28 @@
 """Running somebody else's program with probes in it.
 
-The equations of a traced function are evaluated one by one through jax's own evaluator, and at every site of a `vgrad.sites.Plan` the
-output passes a probe (see `vgrad.probes`). The result is the same function, of the same value, with one argument more,
+The equations of a traced function are evaluated one by one through jax's own evaluator, and at every site of a `vgrad.sites.Plan`
+the output passes a probe (see `vgrad.probes`). The result is the same function, of the same value, with one argument more,
 
     loss(params, args)  ->  run(plan, closed, params, args, probes) = (loss, token, facts),
 
-whose gradient with respect to the probes is the measurement. After every site all values in flight that depend on a site before them
-go through `split`, so that their cotangents arrive there at order 1: the range of the reading is that of an integer exponent, whatever
-the range of the program's floats.
+whose gradient with respect to the probes is the measurement. After every site all values in flight that depend on a site go through
+`split`, so that their cotangents arrive there at order 1: the range of the readings is that of an integer exponent, whatever the
+range of the program's floats.
 
-Functions under `jit` are entered as if they were written out. A loop, a rematerialised function and the branches of a conditional are
-entered with a token of their own, and what comes back from them is brought to one exponent with what went past them.
+Functions under `jit` are entered as if they were written out. A loop, a rematerialised function and the branches of a conditional
+are entered with a token of their own, and what comes back from them is brought to one exponent with what went past them.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.core
 import jax.numpy as jnp
 from jax import lax
-from jax.extend import core
 
-from vgrad import activations
 from vgrad.base import Array
-from vgrad.probes import NUM_STATS, norm_of, probe, split, stats_dtype, zero_token
-from vgrad.sites import CHECKPOINTS, INLINED, Path, Plan, bodies, opened, split_operands
+from vgrad.jaxprs import CHECKPOINTS, INLINED, bodies, evaluate, is_float, is_literal, opened, split_operands
+from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
+from vgrad.sites import Path, Plan
 
 __all__ = ["probes_for", "run"]
 
@@ -40,14 +37,13 @@ def probes_for(plan: Plan) -> dict[Path, Array]:
     }
 
 
-def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array]) -> tuple[Any, Array, Facts]:
+def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
     """Evaluates the traced function with its probes.
 
     Returns:
-      (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are what
-      the forward pass saw, with an axis per loop in front: (site, "z") -> [3], the norm of the preactivation as (sumsq, exponent) and
-      1 where the site was reached; (site, "w") -> [2], that of the weights; (site, "phi") -> [2], fractions of dead units and of
-      saturated entries.
+      (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are
+      what the forward pass saw, with an axis per loop in front: (site, "z") -> [3], as of `seen`, of the preactivation; (site, "w")
+      -> [2], the norm of the weights; (site, "phi") -> [2], as of `flatness`.
     """
     jaxpr, consts = opened(closed)
     scope = _Scope(plan, probes, {"token": zero_token()}, {}, [])
@@ -79,27 +75,27 @@ class _Scope(NamedTuple):
     def walk(self, jaxpr, values, hot, path, origins):
         """Evaluates a jaxpr on the values of its constants and arguments. Returns the outputs, and which of them are hot."""
         variables = [*jaxpr.constvars, *jaxpr.invars]
-        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not isinstance(v, core.Literal)}
-        last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not isinstance(v, core.Literal)}
+        last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
+        last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not is_literal(v)}
         frame = _Frame(dict(zip(variables, values, strict=True)), set(), last, {"eqn": -1})
         frame.hot.update(v for v, h in zip(variables, hot, strict=True) if h)
         origins = {variables[k]: origin for k, origin in origins.items()}
-        read = lambda v: v.val if isinstance(v, core.Literal) else frame.env[v]  # noqa: E731
-        is_hot = lambda v: not isinstance(v, core.Literal) and v in frame.hot  # noqa: E731
+        read = lambda v: v.val if is_literal(v) else frame.env[v]  # noqa: E731
+        is_hot = lambda v: not is_literal(v) and v in frame.hot  # noqa: E731
         self.frames.append(frame)
         for i, eqn in enumerate(jaxpr.eqns):
             frame.at["eqn"] = i
             xs, hs = [read(v) for v in eqn.invars], [is_hot(v) for v in eqn.invars]
-            mine = {k: origins[v] for k, v in enumerate(eqn.invars) if not isinstance(v, core.Literal) and v in origins}
+            mine = {k: origins[v] for k, v in enumerate(eqn.invars) if not is_literal(v) and v in origins}
             out, out_hot = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
             for v, x, h in zip(eqn.outvars, out, out_hot, strict=True):
                 frame.env[v] = x
-                if h and _is_float(x):
+                if h and is_float(x):
                     frame.hot.add(v)
             origins.update(_origin(jaxpr, eqn, xs, mine, self.plan.derived.get((*path, i))))
             if (*path, i) in self.plan.sites:
                 self.settle()
-            for v in {v for v in (*eqn.invars, *eqn.outvars) if not isinstance(v, core.Literal) and last.get(v, -1) <= i}:
+            for v in {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v) and last.get(v, -1) <= i}:
                 frame.env.pop(v, None)
         out = [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars]
         self.frames.pop()
@@ -115,16 +111,18 @@ class _Scope(NamedTuple):
             return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: o for k, o in origins.items()})
         if inside and name in _ENTER:
             return _ENTER[name](self, eqn, xs, hot, here)
-        out = _evaluate(jaxpr, eqn, xs)
+        out = evaluate(jaxpr, eqn, xs)
         site, hot = self.plan.sites.get(here), [any(hot)] * len(out)
         if site is not None:
             out, hot = list(out), [True] * len(out)
             out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, origins)
         for path in self.plan.biased.get(here, ()):
-            self.facts[path, "z"] = _seen(out[0])
+            self.facts[path, "z"] = seen(out[0])
         for path in reads_phi:
             _, operand, phi = self.plan.phi[path]
-            self.facts[path, "phi"] = _units_behind(phi, xs[operand], self.plan.sites[path])
+            site = self.plan.sites[path]
+            z = xs[operand]
+            self.facts[path, "phi"] = flatness(phi, z, site.units if z.shape == site.shape else (z.ndim - 1,))
         return out, hot
 
     def probed(self, jaxpr, eqn, xs, z, site, origins):
@@ -136,10 +134,10 @@ class _Scope(NamedTuple):
 
             def product(w):
                 operands = [*rest[: site.operand], fn(w), *rest[site.operand :]]
-                return _evaluate(jaxpr, eqn, operands)[site.output]
+                return evaluate(jaxpr, eqn, operands)[site.output]
 
             _, weights_vjp = jax.vjp(product, base)
-        self.facts[site.path, "z"] = _seen(z)
+        self.facts[site.path, "z"] = seen(z)
         z, self.state["token"] = probe(z, self.probes[site.path], self.state["token"], weights_vjp)
         return z
 
@@ -228,9 +226,9 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
     # travels in the carry, where it is rescaled with the rest.
     moved = [k for k in range(num_consts) if hot[k]]
     carried = [*moved, *(k for k in range(num_consts, num_consts + num_carry))]
-    floats = [k for k in carried if _is_float(xs[k])]
+    floats = [k for k in carried if is_float(xs[k])]
     scanned = list(range(num_consts + num_carry, num))
-    hot_scanned = [k for k in scanned if hot[k] and _is_float(xs[k])]
+    hot_scanned = [k for k in scanned if hot[k] and is_float(xs[k])]
     (inner, over), (token, ports) = scope.fork(
         [[xs[k] for k in floats], [xs[k] for k in hot_scanned]], [zero_token(), zero_token(length)]
     )
@@ -242,13 +240,14 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
         token, values = carry
         port, own, sliced = slices
         inputs = _put(_put(xs, carried, values), scanned, sliced)
-        within = _Scope(scope.plan, own, {"token": token + port}, {}, [])
+        passing = _Frame(dict(zip(moved, values, strict=False)), set(moved), dict.fromkeys(moved, 1), {"eqn": 0})
+        within = _Scope(scope.plan, own, {"token": token + port}, {}, [passing])
         out, out_hot = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
         static["hot"] = out_hot
-        new, ys = [*values[: len(moved)], *out[:num_carry]], list(out[num_carry:])
+        new, ys = [*passing.env.values(), *out[:num_carry]], list(out[num_carry:])
         # What leaves for the next iteration and what leaves the loop come back at exponents of their own.
-        leaving = [k for k, y in enumerate(ys) if out_hot[num_carry + k] and _is_float(y)]
-        staying = [k for k, x in enumerate(new) if _is_float(x)]
+        leaving = [k for k, y in enumerate(ys) if out_hot[num_carry + k] and is_float(y)]
+        staying = [k for k, x in enumerate(new) if is_float(x)]
         (kept, left), (token, port) = split(
             ([new[k] for k in staying], [ys[k] for k in leaving]), (zero_token(), zero_token()), within.state["token"]
         )
@@ -266,16 +265,6 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
 _ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}
 
 
-def _evaluate(jaxpr, eqn, xs) -> list:
-    """One equation, through jax's evaluator: with its name stack and under its settings."""
-    given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not isinstance(v, core.Literal)}
-    literals = [k for k, v in enumerate(eqn.invars) if isinstance(v, core.Literal)]
-    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
-    one = core.Jaxpr([], list(given), eqn.outvars, [eqn], eqn.effects, debug_info=info)
-    del literals
-    return list(jax.core.eval_jaxpr(one, [], *given.values()))
-
-
 def _origin(jaxpr, eqn, xs, origins, derived) -> dict:
     """The outputs that are computed from a parameter leaf otherwise than by moving its entries: the leaf and the function."""
     name = eqn.primitive.name
@@ -285,26 +274,7 @@ def _origin(jaxpr, eqn, xs, origins, derived) -> dict:
         return {}
     base, fn = origins.get(k, (xs[k], lambda v: v))
     others = list(lax.stop_gradient([x for j, x in enumerate(xs) if j != k]))
-    return {eqn.outvars[0]: (base, lambda v: _evaluate(jaxpr, eqn, [*others[:k], fn(v), *others[k:]])[0])}
-
-
-def _seen(z):
-    n = norm_of(lax.stop_gradient(z))
-    return jnp.concatenate([n, jnp.ones(1, n.dtype)])
-
-
-def _units_behind(name, z, site):
-    """Fractions of units whose activation is flat over the whole batch, and of entries where its slope is below a tenth of its best."""
-    z = lax.stop_gradient(z)
-    if name not in activations.REGISTRY or not z.size:
-        return jnp.full(2, jnp.nan, stats_dtype(z))
-    known = activations.facts(name)
-    slope = jnp.abs(jax.jvp(known.phi, (z,), (jnp.ones_like(z),))[1])
-    units = site.units if z.shape == site.shape else (z.ndim - 1,)
-    others = tuple(a for a in range(z.ndim) if a not in units)
-    dead = jnp.mean(jnp.all(slope == 0, axis=others).astype(stats_dtype(z)))
-    flat = jnp.mean((slope < 0.1 * max(map(abs, known.slope_range))).astype(stats_dtype(z)))
-    return jnp.stack([dead, flat])
+    return {eqn.outvars[0]: (base, lambda v: evaluate(jaxpr, eqn, [*others[:k], fn(v), *others[k:]])[0])}
 
 
 def _put(xs, where, values):
@@ -313,6 +283,3 @@ def _put(xs, where, values):
         out[k] = x
     return out
 
-
-def _is_float(x) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)

@@ -6,9 +6,9 @@ linear in the cotangent, so at any point of the program all cotangents in flight
 
     c_i -> c_i 2^-e,    E -> E + e,    2^(e-1) <= max_i max|c_i| < 2^e,
 
-which is exact, if somebody keeps E. A **token** does: a number, always zero, that is threaded through the program beside the values,
-so that its own cotangent travels down with theirs, and that cotangent is E. The transposes of ordinary sums do the rest: where
-tokens are added, E is copied to each of them.
+which is exact, if somebody keeps E. A **token** does: a number, always zero, that is threaded through the program beside the
+values, so that its own cotangent travels down with theirs, and that cotangent is E. The transposes of ordinary sums do the rest:
+where tokens are added, E is copied to each of them.
 """
 
 from typing import Any
@@ -17,12 +17,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from vgrad import activations
 from vgrad.base import Array
-from vgrad.scaled import exponent, pow2
+from vgrad.scaled import exponent, pow2, reach, scale
 
-__all__ = ["NUM_STATS", "norm_of", "probe", "split", "stats_dtype", "zero_token"]
+__all__ = ["NUM_STATS", "flatness", "norm_of", "probe", "seen", "split", "stats_dtype", "zero_token"]
 
-NUM_STATS = 5  # of a probe: (sumsq, exponent) of delta, the fraction of its zeros, (sumsq, exponent) of dJ/dW
+NUM_STATS = 6  # of a probe: the norms of delta and of dJ/dW, the exponent that is common to both, the fraction of zeros in delta
 _NONE = -(2.0**30)  # the "exponent" of zero: below all others
 
 
@@ -32,11 +33,30 @@ def zero_token(length: int | None = None) -> Array:
 
 
 def norm_of(x: Array) -> Array:
-    """Frobenius norm of a value of any float dtype as the pair (sumsq, exponent), norm = sqrt(sumsq) 2^exponent. Shape [2]."""
+    """Frobenius norm of a value of any float dtype as the pair (sumsq, largest), norm = largest sqrt(sumsq). Shape [2]."""
     x = _wide(x)
-    e = _top(x)
-    x = pow2(x, -jnp.where(e == _NONE, 0, e).astype(jnp.int32))
-    return jnp.stack([jnp.sum(jnp.square(x)), jnp.where(e == _NONE, 0, e).astype(x.dtype)])
+    largest = jnp.max(x, initial=0)
+    return jnp.stack([jnp.sum(jnp.square(x / jnp.where(largest == 0, 1, largest))), largest])
+
+
+def seen(z: Array) -> Array:
+    """What the forward pass notes of a value, [3]: its norm as of `norm_of`, and a 1, for it was there."""
+    n = norm_of(lax.stop_gradient(z))
+    return jnp.concatenate([n, jnp.ones(1, n.dtype)])
+
+
+def flatness(phi: str, z: Array, units: tuple[int, ...]) -> Array:
+    """Of the slopes phi'(z), [2]: the fraction of units, along these axes, where it is zero for all samples, and the fraction of
+    entries where it is below a tenth of its greatest. NaN for an activation that is not registered."""
+    dtype = stats_dtype(z)
+    if phi not in activations.REGISTRY or not z.size:
+        return jnp.full(2, jnp.nan, dtype)
+    known = activations.facts(phi)
+    z = lax.stop_gradient(z)
+    slope = jnp.abs(jax.jvp(known.phi, (z,), (jnp.ones_like(z),))[1])
+    dead = jnp.all(slope == 0, axis=tuple(a for a in range(z.ndim) if a not in units))
+    flat = slope < 0.1 * max(map(abs, known.slope_range))
+    return jnp.stack([jnp.mean(dead.astype(dtype)), jnp.mean(flat.astype(dtype))])
 
 
 @jax.custom_vjp
@@ -57,8 +77,7 @@ def _probe_bwd(weights_vjp, cotangents):
     dtype = stats_dtype(c)
     zeros = jnp.mean((c == 0).astype(dtype)) if c.size else jnp.zeros((), dtype)
     grad_w = jnp.full(2, jnp.nan, dtype) if weights_vjp is None else norm_of(weights_vjp(c)[0]).astype(dtype)
-    shift = jnp.stack([jnp.zeros_like(e), e]).astype(dtype)
-    return c, jnp.concatenate([norm_of(c) + shift, zeros[None], grad_w + shift]), e, None
+    return c, jnp.concatenate([norm_of(c), grad_w, jnp.stack([e.astype(dtype), zeros])]), e, None
 
 
 probe.defvjp(lambda z, p, token, weights_vjp: ((z, token), weights_vjp), _probe_bwd)
@@ -80,12 +99,28 @@ def split(groups, ports, token: Array):
 
 def _split_bwd(_, cotangents):
     groups, exponents = cotangents
+    if len(groups) == 1:
+        return _settled(groups[0], exponents[0])
     tops = [_top(c, e.ndim) + e for group, e in zip(groups, exponents, strict=True) for c in group if c.size]
-    highest = jnp.max(jnp.stack([jnp.max(t, initial=_NONE) for t in tops])) if tops else jnp.max(exponents[0])
-    # Where all is zero, or not finite, the exponent stays that of the first group.
+    highest = jnp.max(jnp.stack([jnp.max(t) for t in tops])) if tops else jnp.asarray(_NONE, jnp.float32)
+    # Where all is zero, the exponent stays that of the first group.
     highest = jnp.where(highest > _NONE / 2, highest, jnp.max(exponents[0], initial=_NONE))
     scaled = tuple([_times(c, e - highest) for c in group] for group, e in zip(groups, exponents, strict=True))
     return scaled, tuple(jnp.zeros_like(e) for e in exponents), highest
+
+
+def _settled(cotangents, e):
+    """One group: nothing in it is further from order 1 than the range of its dtype, so that one factor does."""
+    tops = [jnp.max(_wide(c), initial=0).astype(jnp.float32) for c in cotangents]
+    most = min(reach(c.dtype) for c in cotangents)
+    by = jnp.clip(exponent(jnp.stack(tops)), -most, most)
+
+    def scaled(c):
+        if jnp.iscomplexobj(c):
+            return lax.complex(scaled(c.real), scaled(c.imag))
+        return scale(c, -by)
+
+    return ([scaled(c) for c in cotangents],), (jnp.zeros_like(e),), e + by.astype(e.dtype)
 
 
 split.defvjp(lambda groups, ports, token: ((groups, ports), None), _split_bwd)
@@ -93,20 +128,19 @@ split.defvjp(lambda groups, ports, token: ((groups, ports), None), _split_bwd)
 
 def _times(c, e):
     """c * 2^e, where e may have the leading axis of c."""
-    e = jnp.clip(jnp.reshape(e, e.shape + (1,) * (c.ndim - e.ndim)), -(2.0**20), 2.0**20).astype(jnp.int32)
     if jnp.iscomplexobj(c):
-        return lax.complex(pow2(c.real, e), pow2(c.imag, e))
-    return pow2(c, jnp.broadcast_to(e, c.shape))
+        return lax.complex(_times(c.real, e), _times(c.imag, e))
+    e = jnp.reshape(e, e.shape + (1,) * (c.ndim - e.ndim))
+    return pow2(c, jnp.clip(e, -(2.0**20), 2.0**20).astype(jnp.int32))
 
 
 def _top(c, num_leading=0):
     """The float e with 2^(e-1) <= max|c| < 2^e; `_NONE` for zero. Over all axes but the leading ones."""
     a = _wide(c)
-    axes = tuple(range(num_leading, a.ndim))
-    largest = jnp.max(a, axis=axes, initial=0)
+    largest = jnp.max(a, axis=tuple(range(num_leading, a.ndim)), initial=0)
     # A subnormal has no exponent in its bits: it is counted as the smallest normal number.
     least = jnp.asarray(jnp.finfo(a.dtype).minexp, jnp.float32)
-    e = jnp.where(largest < jnp.finfo(a.dtype).tiny, least, exponent(a, axes).astype(jnp.float32))
+    e = jnp.where(largest < jnp.finfo(a.dtype).tiny, least, exponent(largest[..., None], -1).astype(jnp.float32))
     return jnp.where(largest == 0, _NONE, e)
 
 

@@ -15,22 +15,25 @@ A loop's body is walked until the flows of its carry no longer change, which tak
 import math
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.extend import core
 
-__all__ = ["CHECKPOINTS", "INLINED", "Flow", "Plan", "Site", "analyse", "bodies", "opened", "split_operands", "tap"]
+from vgrad.jaxprs import (
+    CHECKPOINTS,
+    INLINED,
+    LAYOUT,
+    PRODUCTS,
+    activation,
+    bodies,
+    is_float,
+    is_literal,
+    opened,
+    products,
+    split_operands,
+    units,
+)
 
-INLINED = {"jit", "pjit", "closed_call", "core_call"}
-CHECKPOINTS = {"checkpoint", "remat", "remat2"}
-_PRODUCTS = {"dot_general": "dot", "ragged_dot": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv"}
-_LAYOUT = {
-    "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather", "name", "pad", "reduce_precision",
-    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose",
-}  # fmt: skip
-_NONLINEAR = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf", "sin": "sin"}
-_NAMED = {"elu", "gelu", "hard_tanh", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "celu", "mish"}
+__all__ = ["Flow", "Path", "Plan", "Site", "analyse", "tap"]
+
 _GATED = {"sigmoid": "silu", "erf": "gelu", "tanh": "gelu_tanh"}  # what z times the activation of z is
 
 Path = tuple[int, ...]
@@ -113,6 +116,7 @@ class Plan(NamedTuple):
       biased: equation that adds the bias -> the sites whose preactivation is then complete.
       phi: site -> (equation, its operand, name) of the activation behind it.
       derived: equations that compute weights from a leaf other than by a change of layout -> the operand that holds the leaf.
+      biases: the leaves that are added to a product.
       used: the leaves the output depends on, as bits.
     """
 
@@ -120,30 +124,13 @@ class Plan(NamedTuple):
     biased: dict[Path, tuple[Path, ...]]
     phi: dict[Path, tuple[Path, int, str]]
     derived: dict[Path, int]
+    biases: set[int]
     used: int = 0
-
-
-def opened(jaxpr) -> tuple[Any, list]:
-    """A jaxpr, open or closed, as an open one and its constants."""
-    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
-
-
-def bodies(eqn) -> list:
-    """The jaxprs that an equation holds: the body of a loop, the branches of a conditional."""
-    values = [w for v in eqn.params.values() for w in (v if isinstance(v, tuple | list) else (v,))]
-    return [v for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
-
-
-def split_operands(eqn, body) -> tuple[int, int]:
-    """Numbers of constants and of carried values of a scan. Told by their shapes: what is scanned over has an axis more outside."""
-    extra = lambda outer, inner: sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True))  # noqa: E731
-    num_carry = len(eqn.outvars) - extra(eqn.outvars, body.outvars)
-    return len(eqn.invars) - num_carry - extra(eqn.invars, body.invars), num_carry
 
 
 def analyse(closed, leaves: list[str]) -> Plan:
     """Finds the sites of a traced function whose first arguments are the parameter leaves of these names."""
-    plan = Plan({}, {}, {}, {})
+    plan = Plan({}, {}, {}, {}, set())
     jaxpr, consts = opened(closed)
     flows = [Flow(leaf=i, rank=3, deps=1 << i) for i in range(len(leaves))]
     flows += [Flow(data=True)] * (len(jaxpr.invars) - len(leaves))
@@ -160,22 +147,22 @@ class _Walk(NamedTuple):
 
     def walk(self, jaxpr, const_flows, flows, path) -> list[Flow]:
         env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*const_flows, *flows], strict=True))
-        look = lambda v: Flow() if isinstance(v, core.Literal) else env[v]  # noqa: E731
+        look = lambda v: Flow() if is_literal(v) else env[v]  # noqa: E731
         for i, eqn in enumerate(jaxpr.eqns):
             out = self.equation(eqn, [look(v) for v in eqn.invars], (*path, i))
             for v, flow in zip(eqn.outvars, out, strict=True):
-                env[v] = flow if _is_float(v.aval) else flow._replace(deps=0)
+                env[v] = flow if is_float(v.aval) else flow._replace(deps=0)
         return [look(v) for v in jaxpr.outvars]
 
     def equation(self, eqn, flows, here) -> list[Flow]:
         name = eqn.primitive.name
-        if name in _PRODUCTS:
+        if name in PRODUCTS:
             return self.product(eqn, flows, here)
-        if name == "name" and _is_float(eqn.outvars[0].aval):
+        if name == "name" and is_float(eqn.outvars[0].aval):
             return [self.site(eqn, flows, here, "tap", str(eqn.params["name"]), -1, 0, flows[0])]
-        event = _activation(eqn, flows)
-        if event:
-            return self.activated(eqn, flows, here, *event)
+        tagged = [k for k, f in enumerate(flows) if f.tags]
+        if tagged and activation(eqn):
+            return self.activated(eqn, flows, here, tagged[0], activation(eqn))
         if name in INLINED | CHECKPOINTS:
             body, consts = opened(bodies(eqn)[0])
             return self.walk(body, [Flow()] * len(consts), flows, here)
@@ -187,9 +174,9 @@ class _Walk(NamedTuple):
             return [flows[0]._replace(leaf=-1, rank=0, deps=0)]
         if name == "optimization_barrier":
             return flows
-        if bodies(eqn) and any(_products(b) for b in bodies(eqn)):
+        if bodies(eqn) and any(products(b) for b in bodies(eqn)):
             return self.opaque(eqn, flows, here)
-        if name in _LAYOUT:
+        if name in LAYOUT:
             return [self.layout(eqn, flows, v) for v in eqn.outvars]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
 
@@ -198,29 +185,30 @@ class _Walk(NamedTuple):
         depth = 1 + max(f.depth for f in flows)
         aval = eqn.outvars[output].aval
         self.plan.sites[here] = Site(
-            here, kind, name, depth, operand, output, _units(eqn, operand, output), aval.shape, aval.dtype, self.loops
+            here, kind, name, depth, operand, output, units(eqn, operand, output), aval.shape, aval.dtype, self.loops
         )
-        return out._replace(depth=depth, tags=(here,), own=True, acted=("", ()), uniform=False)
+        tags = (*out.tags, here) if kind == "tap" else (here,)
+        return out._replace(depth=depth, tags=tags, own=True, acted=("", ()), uniform=False)
 
     def product(self, eqn, flows, here):
         merged = _merged(flows)
         operand = max(range(2), key=lambda k: (flows[k].rank, k))
-        if not flows[operand].rank or not _is_float(eqn.outvars[0].aval):
+        if not flows[operand].rank or not is_float(eqn.outvars[0].aval):
             return [merged._replace(data=True)]
         only_params = all(f.rank >= 2 and not f.data for f in flows[:2])
         out = merged._replace(leaf=flows[operand].leaf, rank=2) if only_params else merged._replace(data=True)
-        return [self.site(eqn, flows, here, _PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
+        return [self.site(eqn, flows, here, PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
 
     def opaque(self, eqn, flows, here):
         """An equation that is not entered, for it has a derivative of its own or none: one site, its largest output."""
         merged = _merged(flows)._replace(data=True)
         out = [merged] * len(eqn.outvars)
-        weights = [k for k, f in enumerate(flows) if f.rank and _is_float(eqn.invars[k].aval)]
-        readable = [j for j, v in enumerate(eqn.outvars) if _is_float(v.aval)]
+        weights = [k for k, f in enumerate(flows) if f.rank and is_float(eqn.invars[k].aval)]
+        readable = [j for j, v in enumerate(eqn.outvars) if is_float(v.aval)]
         if weights and readable:
             operand = max(weights, key=lambda k: (len(eqn.invars[k].aval.shape) > 1, flows[k].rank, -k))
             output = max(readable, key=lambda j: math.prod(eqn.outvars[j].aval.shape))
-            inside = [_PRODUCTS[n] for b in bodies(eqn) for n in _products(b)]
+            inside = [k for b in bodies(eqn) for k in products(b)]
             kind = inside[0] if eqn.primitive.name == "custom_jvp_call" and len(inside) == 1 else "opaque"
             depth = self.site(eqn, flows, here, kind, self.leaves[flows[operand].leaf], operand, output, merged)
             out = [depth if j == output else merged._replace(depth=depth.depth) for j in range(len(out))]
@@ -234,7 +222,7 @@ class _Walk(NamedTuple):
         inner = [plain(f) for f in flows]
         carry = slice(num_consts, num_consts + num_carry)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
-        scratch = self._replace(plan=Plan({}, {}, {}, {}))
+        scratch = self._replace(plan=Plan({}, {}, {}, {}, set()))
         while True:
             out = scratch.walk(body, [Flow()] * len(consts), inner, here)
             joined = [_either(f, plain(g)) for f, g in zip(inner[carry], out[:num_carry], strict=True)]
@@ -280,12 +268,12 @@ class _Walk(NamedTuple):
             own = len(bias) == 1 and not bias[0].data and any(f.own for f in flows)
             if own and bias[0].leaf >= 0:
                 self.plan.biased[here] = tags
+                self.plan.biases.add(bias[0].leaf)
         acted = next((f.acted for k, f in enumerate(flows) if f.acted[0] and k in same), ("", ()))
         if acted[0]:
             tagged = [k for k in same if flows[k].tags and set(flows[k].tags) & set(acted[1])]
             if eqn.primitive.name == "mul" and tagged and acted[0] in _GATED:
                 return self.activated(eqn, flows, here, tagged[0], _GATED[acted[0]], upgrade=True)[0]
-            tags = () if not tagged else tags
         return merged._replace(tags=tags, own=own, acted=acted)
 
     def activated(self, eqn, flows, here, operand, name, *, upgrade=False):
@@ -295,64 +283,6 @@ class _Walk(NamedTuple):
             if upgrade or site not in self.plan.phi:
                 self.plan.phi[site] = (here, operand, name)
         return [_merged(flows)._replace(data=True, acted=(name, tags))] * len(eqn.outvars)
-
-
-def _activation(eqn, flows):
-    """The operand and the name of the activation that an equation is, if it acts on a preactivation."""
-    tagged = [k for k, f in enumerate(flows) if f.tags]
-    name = eqn.primitive.name
-    if not tagged:
-        return None
-    if name in _NONLINEAR:
-        return tagged[0], _NONLINEAR[name]
-    if name == "max":
-        zeros = [v for v in eqn.invars if isinstance(v, core.Literal) and not jnp.ndim(v.val) and v.val == 0]
-        return (tagged[0], "relu") if zeros else None
-    if name not in INLINED and name != "custom_jvp_call":
-        return None
-    if eqn.params.get("name") in _NAMED:
-        return tagged[0], eqn.params["name"]
-    if name == "custom_jvp_call" and not any(_products(b) for b in bodies(eqn)):
-        return next(((tagged[0], n) for b in bodies(eqn) if (n := _nonlinearity(b))), None)
-    return None
-
-
-def _nonlinearity(body):
-    """The first activation in a body that has no parameters of its own."""
-    for eqn in opened(body)[0].eqns:
-        found = _NONLINEAR.get(eqn.primitive.name) or ("relu" if eqn.primitive.name == "max" else "")
-        if eqn.params.get("name") in _NAMED:
-            found = eqn.params["name"]
-        found = found or next((n for b in bodies(eqn) if (n := _nonlinearity(b))), "")
-        if found:
-            return found
-    return ""
-
-
-def _products(body) -> list[str]:
-    """The products in a body, and in those within it."""
-    return [
-        name
-        for eqn in opened(body)[0].eqns
-        for name in ([eqn.primitive.name] if eqn.primitive.name in _PRODUCTS else [n for b in bodies(eqn) for n in _products(b)])
-    ]
-
-
-def _units(eqn, operand, output) -> tuple[int, ...]:
-    """The axes of a site's output that count units: those that come from the weights."""
-    ndim = len(eqn.outvars[output].aval.shape)
-    if eqn.primitive.name == "dot_general":
-        contracted, batched = eqn.params["dimension_numbers"]
-        free = len(eqn.invars[operand].aval.shape) - len(contracted[0]) - len(batched[0])
-        first = len(batched[0]) if operand == 0 else ndim - free
-        return tuple(range(first, first + free))
-    if eqn.primitive.name == "conv_general_dilated":
-        return (eqn.params["dimension_numbers"].out_spec[1],)
-    return (ndim - 1,) if ndim else ()
-
-
-def _is_float(aval) -> bool:
-    return jnp.issubdtype(getattr(aval, "dtype", jax.dtypes.float0), jnp.inexact)
 
 
 def _merged(flows) -> Flow:

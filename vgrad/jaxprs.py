@@ -1,0 +1,104 @@
+"""Reading jaxprs, of any jax release, by public names alone.
+
+A jaxpr is a list of equations, `outputs = primitive[parameters] inputs`. Where the parameters of a primitive differ from release to
+release, what they say is read off the shapes of its operands instead: of a scan over T iterations, for instance,
+
+    operands that are scanned over have one axis more outside than inside the body;  constants and carried values have not.
+"""
+
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+from jax.extend import core
+
+__all__ = [
+    "CHECKPOINTS", "INLINED", "LAYOUT", "PRODUCTS", "activation", "bodies", "evaluate", "is_float", "is_literal", "opened",
+    "products", "split_operands", "units",
+]  # fmt: skip
+
+INLINED = {"jit", "pjit", "closed_call", "core_call"}
+CHECKPOINTS = {"checkpoint", "remat", "remat2"}
+PRODUCTS = {"dot_general": "dot", "ragged_dot": "dot", "ragged_dot_general": "dot", "conv_general_dilated": "conv"}
+# What moves entries, and computes nothing from them.
+LAYOUT = {
+    "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather", "name", "pad", "reduce_precision",
+    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose",
+}  # fmt: skip
+_NONLINEAR = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf", "sin": "sin"}
+_NAMED = {"elu", "gelu", "hard_tanh", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "celu", "mish"}
+
+
+def is_literal(v) -> bool:
+    """Whether an operand is a number written into the equation."""
+    return isinstance(v, core.Literal)
+
+
+def is_float(x) -> bool:
+    """Whether a value, or what is known of one, is real or complex floating-point."""
+    return jnp.issubdtype(getattr(x, "dtype", jax.dtypes.float0), jnp.inexact)
+
+
+def opened(jaxpr) -> tuple[Any, list]:
+    """A jaxpr, open or closed, as an open one and its constants."""
+    return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def bodies(eqn) -> list:
+    """The jaxprs that an equation holds: the body of a loop, the branches of a conditional."""
+    values = [w for v in eqn.params.values() for w in (v if isinstance(v, tuple | list) else (v,))]
+    return [v for v in values if isinstance(v, core.ClosedJaxpr | core.Jaxpr)]
+
+
+def products(body) -> list[str]:
+    """The kinds of all matrix products and convolutions in a body and in those within it."""
+    found = []
+    for eqn in opened(body)[0].eqns:
+        kind = PRODUCTS.get(eqn.primitive.name)
+        found += [kind] if kind else [k for b in bodies(eqn) for k in products(b)]
+    return found
+
+
+def split_operands(eqn, body) -> tuple[int, int]:
+    """Numbers of constants and of carried values of a scan; the rest of its operands is scanned over."""
+    extra = lambda outer, inner: sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True))  # noqa: E731
+    num_carry = len(eqn.outvars) - extra(eqn.outvars, body.outvars)
+    return len(eqn.invars) - num_carry - extra(eqn.invars, body.invars), num_carry
+
+
+def units(eqn, operand: int, output: int) -> tuple[int, ...]:
+    """The axes of an output that count units: those that come from the weights."""
+    ndim = len(eqn.outvars[output].aval.shape)
+    if eqn.primitive.name == "dot_general":
+        contracted, batched = eqn.params["dimension_numbers"]
+        free = len(eqn.invars[operand].aval.shape) - len(contracted[0]) - len(batched[0])
+        first = len(batched[0]) if operand == 0 else ndim - free
+        return tuple(range(first, first + free))
+    if eqn.primitive.name == "conv_general_dilated":
+        return (eqn.params["dimension_numbers"].out_spec[1],)
+    return (ndim - 1,) if ndim else ()
+
+
+def activation(eqn) -> str:
+    """The name of the activation that an equation is, or ""."""
+    name = eqn.primitive.name
+    if name in _NONLINEAR:
+        return _NONLINEAR[name]
+    if name == "max":
+        return "relu" if any(is_literal(v) and not v.aval.shape and v.val == 0 for v in eqn.invars) else ""
+    if name not in INLINED and name != "custom_jvp_call":
+        return ""
+    if eqn.params.get("name") in _NAMED:
+        return eqn.params["name"]
+    if name == "custom_jvp_call" and not any(products(b) for b in bodies(eqn)):
+        return next((n for b in bodies(eqn) for e in opened(b)[0].eqns if (n := activation(e))), "")
+    return ""
+
+
+def evaluate(jaxpr, eqn, xs) -> list:
+    """The outputs of one equation of a jaxpr, through jax's own evaluator: with its name stack and under its settings."""
+    given = {v: x for v, x in zip(eqn.invars, xs, strict=True) if not is_literal(v)}
+    info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
+    one = core.Jaxpr([], list(given), eqn.outvars, [eqn], eqn.effects, debug_info=info)
+    return list(jax.core.eval_jaxpr(one, [], *given.values()))
