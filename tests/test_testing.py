@@ -22,7 +22,7 @@ def draw(sizes, seed=1):
             for i, s in enumerate(sizes)}  # fmt: skip
 
 
-def apply_fn(params, x, taps=None, phi=jnp.tanh):
+def apply_fn(params, x, taps=None, phi=jax.nn.soft_sign):
     """Hidden layers with phi, and a linear readout. `taps` are added to every z; all z are returned too."""
     zs = []
     for i, p in enumerate(params.values()):
@@ -62,7 +62,7 @@ def test_what_is_named_may_be_left_out(params):
     ("size", "words"), [(0.0, "zero, NaN or inf at 2 of 4 sites"), (np.nan, "zero, NaN or inf at"), (1e-30, "differs by 70")]
 )
 def test_a_broken_layer_is_found(size, words):
-    """Layer 2 of weights 0 cuts off layers 0 and 1; of weights 1e-30 their gradients are 69 nats smaller, and a little for tanh'."""
+    """Layer 2 of weights 0 cuts off layers 0 and 1; of weights 1e-30 their gradients are 69 nats smaller, and a little for phi."""
     with pytest.raises(AssertionError, match=words) as failure:
         testing.assert_gradients_flow(lambda p, x: jnp.sum(apply_fn(p, x)[0]), draw([1.0, 1.0, size, 1.0]), X)
     assert "layer0/w" in str(failure.value)

@@ -5,7 +5,7 @@ from typing import Any
 
 from peers import PEERS
 
-__all__ = ["report"]
+__all__ = ["align", "report"]
 
 # On the medium workload: (peer, quantity, at least so many times that of vgrad).
 TARGETS = [
@@ -33,7 +33,7 @@ def report(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     if result["quick"]:
         lines += ["**A quick run of small sizes: no figure below means anything.**", ""]
-    lines += _align([_HEAD, *(_row(result, median, rates, w, n) for w in median for n in median[w])])
+    lines += align([_HEAD, *(_row(result, median, rates, w, n) for w in median for n in median[w])])
     lines += ["", *(f"- {PEERS[n].what}: skipped, {why}." for n, why in result["skipped"].items())]
     measured = {n for by_name in median.values() for n in by_name}
     lines += [
@@ -42,7 +42,7 @@ def report(result: dict[str, Any]) -> str:
     for w, s in result["sizes"].items():
         depths = f"{len(s['depths'])} depths {s['depths'][0]}..{s['depths'][-1]}"
         lines.append(f"- {w}: width {s['width']}, batch {s['batch']}, {depths}, {s['seeds']} seeds; nested {s['gflop']:.1f} GFLOP.")
-    lines += ["", *_align([("target", "wanted", "measured", ""), *_targets(result, median)])]
+    lines += ["", *align([("target", "wanted", "measured", ""), *_targets(result, median)])]
     return "\n".join(lines) + "\n"
 
 
@@ -94,7 +94,7 @@ def _verdict(result, held):
     return "" if result["quick"] else "ok" if held else "short"
 
 
-def _align(rows):
+def align(rows):
     """Rows of strings, the first the heading, as a Markdown table that is also legible as it stands."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
