@@ -109,11 +109,14 @@ def diagnosis(report) -> Figure:
     for i, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
         style = dict(color=colour, linestyle=_STYLES[i], marker=_MARKERS[i], markersize=4, linewidth=1.4)
         axes[0].plot(at, _finite(values), label=label, **style)
-        for marker, height, hit in (("v", 0.02 + 0.03 * i, np.isneginf(values)), ("x", 0.97, ~np.isfinite(values) & ~np.isneginf(values))):
-            if hit.any() and not (marker == "x" and values is not report.log_delta):  # NaN elsewhere: a tap, which has no weights
+        zero, broken = np.isneginf(values), np.isnan(values) | np.isposinf(values)
+        if values is not report.log_delta:  # NaN elsewhere may be a tap, which has no weights
+            broken[:] = False
+        for marker, height, hit in (("v", 0.02 + 0.03 * i, zero), ("x", 0.97, broken)):
+            if hit.any():
                 axes[0].plot(at[hit], np.full(hit.sum(), height), marker, color=colour, transform=axes[0].get_xaxis_transform())
-    gains = (("backward", report.log_gain_backward, -0.2, dict(color="#3b6fb6")),
-             ("forward", report.log_gain_forward, 0.2, dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)))  # fmt: skip
+    hatched = dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)
+    gains = ("backward", report.log_gain_backward, -0.2, dict(color="#3b6fb6")), ("forward", report.log_gain_forward, 0.2, hatched)
     for label, gain, shift, style in gains:
         axes[1].bar(at + shift, np.nan_to_num(_finite(gain)), width=0.4, label=label, **style)
     axes[1].axhline(0, color="0.3", linewidth=0.6)

@@ -1,8 +1,8 @@
 """Benchmark: what `vgrad.monitor` adds to a training step of a relu network of 12 layers of width 512 under Adam.
 
-Claim: under 2%. A reading is one pass over memory per array, so its share falls with the rows a step works on: monitored arrays A of
-a step of 6 B flop a parameter take about (4 A / bandwidth) / (6 B / speed) of it. The claim is made for every step at 1024 rows,
-and for every tenth step at 256; the rest of the table says where it ends. A transformer's rows are its tokens, thousands per step.
+Claim: under 2%. A reading is one pass over memory per array, and the products of a step take 6 B flop a parameter, B being its
+rows; so A arrays take about (4 A / bandwidth) / (6 B / speed) of a step, less the more rows there are. The claim is made for every
+step at 1024 rows, and for every tenth step at 256; the rest of the table says where it ends. A transformer's rows are its tokens.
 
 All variants take turns in blocks of ten steps in one process, starting from another one each round; the figure is the median over
 rounds of the ratio to the plain step of the same round. Processor time counts, because other users of the machine disturb it least;
@@ -127,10 +127,10 @@ def report(result: dict[str, Any]) -> str:
     return "\n".join([
         "# What a monitor adds to a training step", "",
         f"A relu network of {result['depth']} layers of width {result['width']} under Adam; {result['processor']}, "
-        f"{result['cores']} cores, JAX on {result['device']}; {versions}. Step: processor time over all cores. Overhead: median over "
-        f"rounds of blocks of {BLOCK} steps that take turns.", "", *warning, *align(rows), "",
-        "A reading passes over memory once for each array, however many rows a step has; the rows pay for the products. With the "
-        "update monitor the updates have to be written to memory, which without it they are not: Adam and the addition are one loop.",
+        f"{result['cores']} cores, JAX on {result['device']}; {versions}. Step: processor time over all cores. Overhead: median of "
+        f"{len(next(iter(taken.values())))} rounds of blocks of {BLOCK} steps that take turns.", "", *warning, *align(rows), "",
+        "A reading passes over memory once for each array, however many rows a step has. The update monitor costs more: for it the "
+        "updates are written to memory, which without it they are not, Adam and the addition being one loop.",
     ]) + "\n"  # fmt: skip
 
 
