@@ -123,7 +123,7 @@ def main() -> None:
             axes[0, column].plot(line, color=shade, linewidth=1, label=label)
         at = death(norms)
         if at < len(norms):
-            axes[0, column].axvline(at, linestyle=":", color="C3", label=f"exactly zero from step {at} on")
+            axes[0, column].axvline(at, linestyle=":", color="C3", label=f"layer 1 exactly zero from step {at} on")
         axes[1, column].semilogy(np.array(result.loss[name]), color="black")
         axes[0, column].set_title(f"{name}: learning rate {rate}")
         axes[1, column].set_xlabel("step of Adam")
