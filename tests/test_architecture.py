@@ -19,7 +19,10 @@ LEVELS = [
     [{"layers", "losses"}, {"network"}],
     [{"moments"}, {"criticality", "prediction", "freeprob", "finite_width"}, {"meanfield"}, {"backprop", "profile", "jacobian"}],
     [{"fit", "sweep"}],
-    [{"jaxprs", "probes", "diagnosis"}, {"sites"}, {"instrument"}, {"diagnose"}, {"monitor"}, {"summary", "testing", "repair"}],
+    [
+        {"flows", "jaxprs", "probes", "diagnosis"}, {"sites"}, {"instrument"}, {"diagnose"}, {"monitor"},
+        {"summary", "testing", "repair"},
+    ],
     [{"data", "store", "plots", "target"}, {"study"}, {"cli"}],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "prediction"}

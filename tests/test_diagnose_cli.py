@@ -147,13 +147,12 @@ def test_a_mistake_in_the_model_shows_where_it_is(capsys, file, name, error):
 @pytest.mark.parametrize("name", ["healthy", "cut", "nan"])
 def test_the_figure_shows_what_the_report_holds(reports, name):
     report = reports(name)
-    norms, gains, shares = plots.diagnosis(report).axes
-    delta = norms.lines[0].get_ydata()
-    np.testing.assert_array_equal(delta, np.where(np.isfinite(report.log_delta), report.log_delta, np.nan))
-    marks = {m: sum(len(line.get_xdata()) for line in norms.lines[1:] if line.get_linestyle() == "None" and line.get_marker() == m)
-             for m in "vx"}  # fmt: skip
-    zeros = sum(np.isneginf(v).sum() for v in (report.log_delta, report.log_grad_w, report.log_w, report.log_rms_z))
-    assert marks == {"v": zeros, "x": (~np.isfinite(report.log_delta) & ~np.isneginf(report.log_delta)).sum()}
-    heights = [bar.get_height() for bar in gains.patches[: len(report.site)]]
-    np.testing.assert_array_equal(heights, np.where(np.isfinite(report.log_gain_backward), report.log_gain_backward, 0))
+    backward, gains, forward, shares = plots.diagnosis(report).axes
+    finite = lambda v, other: np.where(np.isfinite(v), v, other)  # noqa: E731
+    for ax, fields in ((backward, ("log_delta", "log_grad_w")), (forward, ("log_rms_z", "log_w"))):
+        for line, field in zip(ax.lines, fields, strict=False):
+            np.testing.assert_array_equal(line.get_ydata(), finite(getattr(report, field), np.nan))
+    heights = np.reshape([bar.get_height() for bar in gains.patches], (2, -1))
+    np.testing.assert_array_equal(heights, [finite(v, 0) for v in (report.log_gain_backward, report.log_gain_forward)])
     assert [t.get_text() for t in shares.get_xticklabels()] == list(report.site)
+    assert all(ax.get_ylabel() and ax.get_legend() for ax in (backward, gains, forward, shares))

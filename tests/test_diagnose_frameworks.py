@@ -156,6 +156,7 @@ def test_linen_lstm_over_time():
     def written_out():
         h = c = jnp.zeros((B, N))
         for t in range(T):
+
             def gate(name, t=t, h=h):
                 x = zeros(f"{prefix}/i{name}/kernel[{t}]", TOKENS[:, t] @ cell[f"i{name}"]["kernel"])
                 return x + zeros(f"{prefix}/h{name}/kernel[{t}]", h @ cell[f"h{name}"]["kernel"]) + cell[f"h{name}"]["bias"][None]
@@ -198,10 +199,10 @@ class Encoder(eqx.Module):
     pre: bool = eqx.field(static=True)
 
     def __init__(self, pre, key):
-        keys = jax.random.split(key, 4)
-        self.attention = [eqx.nn.MultiheadAttention(2, N, key=k) for k in keys[:2]]
-        self.mlp = [eqx.nn.MLP(N, N, 16, 1, jax.nn.gelu, key=k) for k in keys[2:]]
-        self.norms = [eqx.nn.LayerNorm(N) for _ in range(4)]
+        keys = jax.random.split(key)
+        self.attention = [eqx.nn.MultiheadAttention(2, N, key=keys[0])]
+        self.mlp = [eqx.nn.MLP(N, N, 16, 1, jax.nn.gelu, key=keys[1])]
+        self.norms = [eqx.nn.LayerNorm(N) for _ in range(2)]
         self.pre = pre
 
     def __call__(self, x):  # [T, N], one sample
@@ -224,6 +225,7 @@ def test_equinox_transformer(pre):
     def written_out():
         x = TOKENS
         for i, norm in enumerate(model.norms):
+
             def block(h, i=i):
                 at, layer = f"attention/{i // 2}", model.attention[i // 2]
                 if i % 2:
@@ -241,7 +243,7 @@ def test_equinox_transformer(pre):
             x = x + block(normed(x)) if pre else normed(x + block(x))
         return jnp.sum(jnp.sin(x))
 
-    agrees(report, zeros.deltas(written_out), at_least=12)
+    agrees(report, zeros.deltas(written_out), at_least=6)
 
 
 def test_equinox_lstm_and_mlp():

@@ -32,12 +32,10 @@ from vgrad.diagnosis import Diagnosis, following_site
 from vgrad.instrument import probes_for, run
 from vgrad.sites import Plan, Site, analyse, tap
 
-__all__ = ["Diagnosis", "diagnose", "tap"]
+__all__ = ["Diagnosis", "diagnose", "rows_of", "tap"]
 
 
-def diagnose(
-    loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None
-) -> Diagnosis:
+def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None) -> Diagnosis:
     """What the gradient of a loss does on its way through a model.
 
     Args:
@@ -83,7 +81,7 @@ def diagnose(
     for other in runs:
         now, _ = _arrays(other)
         if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
-            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop a smaller last one.")
+            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop the last.")
         read.append(jax.device_get(measure(leaves, now)))
     return _assemble(plan, names, leaves, read)
 
@@ -171,7 +169,7 @@ def _by_site(plan: Plan, stats, facts):
     return [of(path) for path in sorted(plan.sites)]
 
 
-def _rows(site: Site):
+def rows_of(site: Site):
     """(order, index, depth) of every time a site is passed."""
     for index in np.ndindex(*(length for _, length, _, _ in site.loops)):
         key, depth = list(site.path), site.depth
@@ -190,7 +188,7 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
     for n, site in enumerate(sites):
         count[site.name] = count.get(site.name, 0) + 1
         label = site.name + (f"#{count[site.name]}" if count[site.name] > 1 else "")
-        for key, index, depth in _rows(site):
+        for key, index, depth in rows_of(site):
             suffix = f"[{','.join(map(str, index))}]" if index else ""
             rows.append((key, label + suffix, site, depth, [np.asarray(readings[n][index], np.float64) for _, readings, _ in runs]))
     rows.sort(key=lambda row: row[0])
@@ -198,7 +196,7 @@ def _assemble(plan: Plan, names, leaves, runs) -> Diagnosis:
     read = np.moveaxis(np.array([row[4] for row in rows]), 2, 0)  # [13, rows, runs]
     log_of = lambda k: 0.5 * np.log(read[k]) + np.log(read[k + 1])  # noqa: E731
     size = np.array([max(1, np.prod(row[2].shape)) for row in rows])[:, None]
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"):
         fields = {
             "log_delta": log_of(0) + read[4] * np.log(2),
             "log_grad_w": log_of(2) + read[4] * np.log(2),
@@ -244,9 +242,11 @@ def _status(kind, reached, means, i):
 
 
 def _unread(plan: Plan, names, leaves):
-    """Used leaves with two axes or more that are at no site."""
-    shown = {site.name for site in plan.sites.values()}
-    return tuple(
-        name for i, (name, leaf) in enumerate(zip(names, leaves, strict=True))
-        if plan.used >> i & 1 and i not in plan.biases and name not in shown and sum(n > 1 for n in leaf.shape) > 1
-    )  # fmt: skip
+    """Used matrices, tables and kernels that are at no site. A stack of vectors is none of them."""
+    shown = {part for site in plan.sites.values() for part in plan.joined.get(site.name, [site.name])}
+
+    def missing(i):
+        axes = sum(n > 1 for n in leaves[i].shape) - (i in plan.stacked)
+        return plan.used >> i & 1 and axes > 1 and i not in plan.biases and names[i] not in shown
+
+    return tuple(name for i, name in enumerate(names) if missing(i))

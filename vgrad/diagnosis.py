@@ -4,15 +4,17 @@ The rate is the slope of ln ||delta|| over the depth of the sites, positive wher
 
     ln ||delta_s|| = a_role(s) - rate * depth_s + noise.
 
-Sites of one role, such as the query projections of all blocks, share an intercept: within a block the cotangents of queries and of
-values differ for reasons that have nothing to do with depth. The error is that of the fit, from the scatter over the layers of this
-one network; with several batches, that of the mean over them if it is larger. Neither is an error over initializations.
+Sites of one role, such as the query projections of all blocks, share an intercept: within a block the cotangents of queries and
+of values differ for reasons that have nothing to do with depth. Single steps that differ from the median step by a factor above
+1000 are taken out and named for themselves. The error is that of the fit, from the scatter over the layers of this one network: it
+says how steady the trend is, not how it varies over initializations.
 """
 
 import math
 import re
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from vgrad.base import Estimate
@@ -20,7 +22,7 @@ from vgrad.base import Estimate
 __all__ = ["Diagnosis", "following_site"]
 
 _CLEAR = math.log(10)  # a change over the whole depth that is called vanishing or exploding, as in `vgrad.study`
-_SHARP = math.log(100)  # a change in one step that is named
+_SHARP = math.log(1000)  # a change in one step that is no part of the trend
 
 
 class Diagnosis(NamedTuple):
@@ -107,6 +109,19 @@ def _role(name: str) -> str:
     return re.sub(r"\d+", "", name)
 
 
+def _jumps(report: Diagnosis) -> dict[int, float]:
+    """Rows whose step toward the input is out of line, and by how much it is."""
+    gain = report.log_gain_backward
+    calm = np.abs(gain) <= _SHARP  # NaN and -inf are not
+    calm = calm if calm.any() else np.isfinite(gain)
+    roles = np.array([_role(name) for name in report.site])
+    excess = {}
+    for i in np.flatnonzero(np.isfinite(gain) & (np.abs(gain) > _SHARP)):
+        alike = calm & (roles == roles[i])
+        excess[int(i)] = float(gain[i] - np.median(gain[alike if alike.sum() > 2 else calm]))
+    return {i: e for i, e in excess.items() if abs(e) > _SHARP}
+
+
 def _rate(report: Diagnosis) -> Estimate:
     depth = np.asarray(report.depth, float)
     use = np.isfinite(report.log_delta) & np.isin(report.kind, ["dot", "conv", "opaque"])
@@ -114,17 +129,19 @@ def _rate(report: Diagnosis) -> Estimate:
         use &= depth < depth[use].max()  # the readout: its width differs
     if len(set(depth[use])) < 3:
         return Estimate(math.nan, math.nan)
+    log_delta, jumps = report.log_delta.copy(), _jumps(report)
+    for d in {depth[i] for i in jumps}:  # once a depth, however many branches lie side by side there
+        log_delta[depth <= d] -= np.median([e for i, e in jumps.items() if depth[i] == d])
     roles = np.array([_role(name) for name in report.site])[use]
-    x, y = depth[use], report.log_delta[use]
-    by_role = {r: roles == r for r in set(roles)}
-    within = lambda v: v - sum(np.where(m, v[m].mean(), 0) for m in by_role.values())  # noqa: E731
-    num_intercepts = len(by_role)
+    x, y = depth[use], log_delta[use]
+    members = [roles == r for r in sorted(set(roles))]
+    within = lambda v: v - sum(np.where(m, v[m].mean(), 0) for m in members)  # noqa: E731
     if np.allclose(within(x), 0):  # every role occurs at one depth only: layers with names of their own
-        within, num_intercepts = (lambda v: v - v.mean()), 1
+        members = [np.ones(len(x), bool)]
     x, y = within(x), within(y)
-    slope, spare = float(x @ y / (x @ x)), len(x) - num_intercepts - 1
-    scatter = math.sqrt(float(np.sum((y - slope * x) ** 2)) / spare / float(x @ x)) if spare > 0 else math.nan
-    return Estimate(-slope, scatter)
+    slope, spare = float(x @ y / (x @ x)), len(x) - len(members) - 1
+    stderr = math.sqrt(float(np.sum((y - slope * x) ** 2)) / spare / float(x @ x)) if spare > 0 else math.nan
+    return Estimate(-slope, stderr)
 
 
 def _verdict(report: Diagnosis) -> list[str]:
@@ -138,67 +155,79 @@ def _verdict(report: Diagnosis) -> list[str]:
         lines.append(f"NON-FINITE at {len(bad)} sites, the first in execution order {report.site[bad[0]]}.")
     dead = [i for i, s in enumerate(report.status) if s == "disconnected"]
     if dead:
-        lines += _disconnected(report, dead)
-    lines += _trend(report)
-    lines += _units(report)
+        where = f"at {len(dead)} of {len(report.site)} sites"
+        lines.append(f"DISCONNECTED: the gradient is exactly zero {where}: {_why_zero(report, dead)}.")
+    lines += _trend(report) + _units(report)
     if report.unused:
         lines.append(f"Unused by the loss: {_some(report.unused)}.")
     if report.opaque:
         lines.append(f"Not entered (custom derivative, while_loop or shard_map), read at the output only: {_some(report.opaque)}.")
     if report.unread:
         lines.append(f"At no site: {_some(report.unread)}; mark what is computed from them with vgrad.tap.")
-    return lines
+    return lines or ["No trend can be told from fewer than three depths; nothing else stands out."]
 
 
 def _some(names, most=4):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _disconnected(report, dead):
-    """Who is to blame for a gradient that is exactly zero: the last site, seen from the input, where it is."""
-    i = max(dead, key=lambda k: (report.depth[k], k))
-    j = following_site(report.depth)[i]
-    because = "nothing that the loss depends on is computed from it"
-    if j >= 0 and report.log_w[j] == -np.inf:
-        because = f"the weights of {report.site[j]} are zero"
-    elif report.dead_fraction[i] == 1:
-        because = f"all units behind it are dead ({report.activation[i]} is flat for every sample)"
-    elif j >= 0 and report.saturated_fraction[i] == 1:
-        because = f"all units behind it are saturated ({report.activation[i]})"
-    elif j >= 0:
-        because = f"the gradient ends between {report.site[j]} and it: a stop_gradient, or saturated units"
-    where = f"at {len(dead)} of {len(report.site)} sites, from {report.site[i]} on"
-    return [f"DISCONNECTED: the gradient is exactly zero {where}: {because}."]
+def _why_zero(report, dead):
+    """Who is to blame for a gradient that is exactly zero: what comes first on the way forward, for it makes the rest so."""
+    last = max(dead, key=lambda k: (report.depth[k], k))
+    after = int(following_site(report.depth)[last])
+    around = [*dead, after] if after >= 0 else dead
+    for i in sorted(around):
+        if report.log_w[i] == -np.inf:
+            return f"the weights of {report.site[i]} are zero"
+        if i in dead and report.dead_fraction[i] == 1:
+            return f"all units behind {report.site[i]} are dead, its {report.activation[i]} is flat for every sample"
+        if i in dead and report.log_rms_z[i] == -np.inf:
+            return f"the forward signal is exactly zero from {report.site[i]} on"
+    if after < 0:
+        return f"the loss does not depend differentiably on {report.site[last]}"
+    return (
+        f"it ends between {report.site[after]} and {report.site[last]}, in a stop_gradient, a branch not taken or flat activations"
+    )
 
 
 def _trend(report):
     value, stderr = report.rate
-    finite = np.isfinite(report.log_delta)
-    lines = []
+    gain, following, jumps = report.log_gain_backward, following_site(report.depth), _jumps(report)
+    lines, word = [], "HOLDS"
     if math.isfinite(value):
-        depth = report.depth[finite]
-        total = value * (depth.max() - depth.min())
-        unclear = abs(total) < _CLEAR or abs(value) < 2 * stderr
-        word = "HOLDS" if unclear else "VANISHES" if total < 0 else "EXPLODES"
+        depth = report.depth[np.isfinite(report.log_delta)]
+        span = int(depth.max() - depth.min())
+        unclear = abs(value * span) < _CLEAR or abs(value) < 2 * stderr
+        word = "HOLDS" if unclear else "VANISHES" if value < 0 else "EXPLODES"
+        apart = " apart from single steps" if jumps else ""
+        error = f" ± {stderr:.3f}" if math.isfinite(stderr) else ""
+        rate = f"{value:+.3f}{error} nats per layer toward the input, a factor {_decimal(value * span)} over {span} layers"
+        lines.append(f"The gradient {word}{apart}: {rate}.")
+    for i in sorted(jumps, key=lambda i: -abs(jumps[i]))[:3]:
+        verb = "VANISHES" if gain[i] < 0 else "EXPLODES"
         lines.append(
-            f"The gradient {word}: {value:+.3f} ± {stderr:.3f} nats per layer toward the input, a factor "
-            f"{math.exp(max(-700, min(700, total))):.1e} over {depth.max() - depth.min()} layers."
+            f"It {verb} by a factor {_decimal(gain[i])} in one step, from {report.site[following[i]]} to {report.site[i]}"
+            f"{_weights(report, following[i])}."
         )
-    else:
-        total, word = 0.0, "HOLDS"
-    gain, following = report.log_gain_backward, following_site(report.depth)
-    usual = np.median(gain[np.isfinite(gain)]) if np.isfinite(gain).any() else 0.0
-    sharp = [i for i in range(len(gain)) if math.isfinite(gain[i]) and abs(gain[i] - usual) > _SHARP]
-    if sharp or word != "HOLDS":
+    if word != "HOLDS":
         sign = 1 if word == "EXPLODES" else -1
-        ranked = sorted(sharp, key=lambda i: -abs(gain[i] - usual)) or sorted(
-            (i for i in range(len(gain)) if math.isfinite(gain[i])), key=lambda i: -sign * gain[i]
-        )
-        parts = [f"{report.site[following[i]]} -> {report.site[i]} ({gain[i]:+.1f})" for i in ranked[:3]]
-        lines.append(f"Most responsible, in nats per step toward the input: {', '.join(parts)}.")
-    if word != "HOLDS" or sharp:
-        lines += _remedies(report, word, sharp)
+        steps = sorted((i for i in range(len(gain)) if math.isfinite(gain[i]) and i not in jumps), key=lambda i: -sign * gain[i])
+        named = [f"{report.site[following[i]]} -> {report.site[i]} ({gain[i]:+.2f})" for i in steps[:3]]
+        lines += [f"Most responsible, in nats per step toward the input: {', '.join(named)}.", *_remedies(report)]
     return lines
+
+
+def _log_sigma(report):
+    """ln sigma_w of every site: its weights have the std sigma_w / sqrt(fan_in)."""
+    return report.log_w - 0.5 * np.log(report.num_units)
+
+
+def _weights(report, i):
+    sigma = _log_sigma(report)
+    usual = float(np.median(sigma[np.isfinite(sigma)])) if np.isfinite(sigma).any() else math.nan
+    if not abs(sigma[i] - usual) > _CLEAR:
+        return ""
+    return f": the weights of {report.site[i]} have sigma_w = {_decimal(sigma[i])}, the median site {_decimal(usual)}"
 
 
 def _units(report):
@@ -215,44 +244,27 @@ def _units(report):
     return lines
 
 
-def _remedies(report, word, sharp):
-    from vgrad import criticality  # theory: the numbers of the advice, and nothing of the measurement
+def _remedies(report):
+    from vgrad import activations, criticality  # theory gives the numbers of the advice, and none of the measurement
 
-    lines = []
-    log_sigma = report.log_w - 0.5 * np.log(report.num_units)  # of weights of std sigma_w / sqrt(fan_in)
-    names = [a for a in report.activation if a]
-    phi = max(dict.fromkeys(names), key=names.count) if names else ""
-    dense = [i for i in range(len(names and report.site)) if report.activation[i] == phi and math.isfinite(log_sigma[i])]
-    if dense:
-        sigma_w = math.exp(float(np.median(log_sigma[dense])))
-        critical = math.nan
-        if phi in _KNOWN:
-            critical = float(criticality.critical_sigma_w(phi))
-        if math.isfinite(critical):
+    lines, names = [], [a for a in report.activation if a in activations.REGISTRY]
+    if names:
+        phi = max(dict.fromkeys(names), key=names.count)
+        sigma = _log_sigma(report)[[a == phi for a in report.activation]]
+        critical = float(jax.jit(lambda: criticality.critical_sigma_w(phi))())  # compiled: a fifth of the time of op by op
+        now = float(np.median(np.exp(sigma)))
+        if math.isfinite(critical) and now > 0:
+            advice = f"multiply them by {critical / now:.3g}" if abs(critical / now - 1) > 0.02 else "they are there"
             lines.append(
-                f"Try weights at the critical sigma_w of {phi}, {critical:.3g} (std {critical:.3g} / sqrt(fan_in)): they are at "
-                f"{sigma_w:.3g} in the median, so multiply them by {critical / sigma_w:.3g}."
+                f"Try weights at the critical sigma_w of {phi}, {critical:.3g} (std {critical:.3g} / sqrt(fan_in)): the median is "
+                f"{now:.3g}, so {advice}."
             )
-    if sharp:
-        following = following_site(report.depth)
-        suspects = sorted({int(following[i]) for i in sharp}, key=lambda j: report.depth[j])
-        usual = float(np.median(log_sigma[np.isfinite(log_sigma)])) if np.isfinite(log_sigma).any() else math.nan
-        parts = [
-            f"{report.site[j]} (sigma_w {_decimal(log_sigma[j])}, the median site {_decimal(usual)})"
-            for j in suspects[:3] if abs(log_sigma[j] - usual) > math.log(10)
-        ]  # fmt: skip
-        if parts:
-            lines.append(f"Look at the weights of {', '.join(parts)}.")
     branch = f"x + f(x) / sqrt(L) = x + {report.depth.max() ** -0.5:.2g} f(x)"
     return [*lines, f"Or try normalisation in front of every product (pre-norm), or skip connections {branch}."]
 
 
-_KNOWN = ("identity", "sigmoid", "tanh", "relu", "leaky_relu", "erf", "sin", "hard_tanh", "elu", "selu", "softplus", "gelu",
-          "gelu_tanh", "silu")  # fmt: skip
-
-
 def _decimal(ln):
-    return f"1e{ln / math.log(10):+.0f}" if abs(ln) > 9 else f"{math.exp(ln):.2g}"
+    return f"{math.exp(ln):.2g}" if abs(ln) < 9 else f"1e{ln / math.log(10):+.0f}"
 
 
 def _table(report: Diagnosis) -> str:

@@ -20,9 +20,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from vgrad.base import Array
+from vgrad.flows import Path
 from vgrad.jaxprs import CHECKPOINTS, INLINED, bodies, evaluate, is_float, is_literal, opened, split_operands
 from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
-from vgrad.sites import Path, Plan
+from vgrad.sites import Plan
 
 __all__ = ["probes_for", "run"]
 
@@ -111,8 +112,10 @@ class _Scope(NamedTuple):
             return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: o for k, o in origins.items()})
         if inside and name in _ENTER:
             return _ENTER[name](self, eqn, xs, hot, here)
+        if name == "while":  # has no transpose: a loss that depends on it differentiably has no gradient either
+            xs = lax.stop_gradient(xs)
         out = evaluate(jaxpr, eqn, xs)
-        site, hot = self.plan.sites.get(here), [any(hot)] * len(out)
+        site, hot = self.plan.sites.get(here), [any(hot) and name != "stop_gradient"] * len(out)
         if site is not None:
             out, hot = list(out), [True] * len(out)
             out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, origins)
@@ -136,7 +139,8 @@ class _Scope(NamedTuple):
                 operands = [*rest[: site.operand], fn(w), *rest[site.operand :]]
                 return evaluate(jaxpr, eqn, operands)[site.output]
 
-            _, weights_vjp = jax.vjp(product, base)
+            if eqn.primitive.name != "while":
+                _, weights_vjp = jax.vjp(product, base)
         self.facts[site.path, "z"] = seen(z)
         z, self.state["token"] = probe(z, self.probes[site.path], self.state["token"], weights_vjp)
         return z
@@ -282,4 +286,3 @@ def _put(xs, where, values):
     for k, x in zip(where, values, strict=True):
         out[k] = x
     return out
-

@@ -24,7 +24,7 @@ PRODUCTS = {"dot_general": "dot", "ragged_dot": "dot", "ragged_dot_general": "do
 # What moves entries, and computes nothing from them.
 LAYOUT = {
     "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather", "name", "pad", "reduce_precision",
-    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose",
+    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose", "unstack",
 }  # fmt: skip
 _NONLINEAR = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf", "sin": "sin"}
 _NAMED = {"elu", "gelu", "hard_tanh", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "celu", "mish"}

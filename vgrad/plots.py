@@ -1,6 +1,6 @@
 """Pictures of a study, drawn from the stored data alone, and of a diagnosis.
 
-The functions in `FIGURES` take the `xarray.Dataset` of `vgrad.study.run`, `diagnosis` the report of `vgrad.diagnose`; all return a
+The functions of a study take the `xarray.Dataset` of `vgrad.study.run`, `diagnosis` takes a `vgrad.Diagnosis`; all return a
 `matplotlib.figure.Figure`. Lines differ in style as well as in colour, so that they can be told apart in grey.
 """
 
@@ -85,53 +85,50 @@ def attribution(dataset) -> Figure:
     return figure
 
 
-_TITLES = (
-    "Norms at each site; a triangle below is exactly zero, a cross above NaN or inf",
-    "Change from the site to the next deeper one, and of the gradient on the way back",
-    "Shares of units and entries",
-)
-
-
 def diagnosis(report) -> Figure:
-    """The sites of a `vgrad.Diagnosis` in execution order: norms above, what each step does to them below, shares of units last.
+    """A `vgrad.Diagnosis` over its sites in execution order: the backward signal, the gains, the forward signal, and flat units.
 
-    A triangle at the lower edge marks a reading of exactly zero, a cross at the upper edge one that is NaN or inf.
+    A gain is the change from a site to the next deeper one; of delta, on the way back. Bands are standard deviations over batches. A cross on the lower edge is a site without a finite reading of delta.
     """
     num = len(report.site)
-    at, width = np.arange(1, num + 1), min(18.0, max(9.0, 4.5 + 0.3 * num))
-    figure = Figure(figsize=(width, 8.2), layout="constrained")
-    axes: Any = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1.5])
-    lines = {
-        r"$\ln\,\|\delta\|$, backpropagated signal": report.log_delta, r"$\ln\,\|\partial J/\partial W\|$": report.log_grad_w,
-        r"$\ln\,\|W\|$": report.log_w, r"$\ln\,\mathrm{rms}\,z$, forward signal": report.log_rms_z,
-    }  # fmt: skip
-    colours = colormaps["viridis"](np.linspace(0, 0.85, len(lines)))
-    for i, ((label, values), colour) in enumerate(zip(lines.items(), colours, strict=True)):
-        style = dict(color=colour, linestyle=_STYLES[i], marker=_MARKERS[i], markersize=4, linewidth=1.4)
-        axes[0].plot(at, _finite(values), label=label, **style)
-        zero, broken = np.isneginf(values), np.isnan(values) | np.isposinf(values)
-        if values is not report.log_delta:  # NaN elsewhere may be a tap, which has no weights
-            broken[:] = False
-        for marker, height, hit in (("v", 0.02 + 0.03 * i, zero), ("x", 0.97, broken)):
-            if hit.any():
-                axes[0].plot(at[hit], np.full(hit.sum(), height), marker, color=colour, transform=axes[0].get_xaxis_transform())
+    labelled = num <= 48
+    figure = Figure(figsize=(max(7.0, min(0.26 * num, 12) + 2.2), 9.2), layout="constrained")
+    axes: Any = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1.8, 2, 1.3])
+    row = np.arange(num)
+    lines = [
+        (0, "log_delta", r"$\ln\,\|\delta\|$", "#3b6fb6", "-", "o"),
+        (0, "log_grad_w", r"$\ln\,\|\partial J/\partial W\|$", "#b5651d", "--", "s"),
+        (2, "log_rms_z", r"$\ln\,\mathrm{rms}\,z$", "#3b6fb6", "-", "o"),
+        (2, "log_w", r"$\ln\,\|W\|$", "#b5651d", "--", "s"),
+        (3, "dead_fraction", "dead units", "black", "-", "X"),
+        (3, "saturated_fraction", "saturated entries", "#f2b134", "--", "D"),
+        (3, "zero_fraction", r"zeros in $\delta$", "0.5", ":", "v"),
+    ]
+    for at, field, label, colour, style, marker in lines:
+        value = _finite(getattr(report, field))
+        look = dict(color=colour, linestyle=style, marker=marker, markersize=4, linewidth=1.2, label=label)
+        axes[at].plot(row, value, **look)
+        if field in report.spread:
+            spread = _finite(report.spread[field])
+            axes[at].fill_between(row, value - spread, value + spread, color=colour, alpha=0.25, linewidth=0)
     hatched = dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)
-    gains = ("backward", report.log_gain_backward, -0.2, dict(color="#3b6fb6")), ("forward", report.log_gain_forward, 0.2, hatched)
-    for label, gain, shift, style in gains:
-        axes[1].bar(at + shift, np.nan_to_num(_finite(gain)), width=0.4, label=label, **style)
+    gains = ("log_gain_backward", r"of $\delta$, back", -0.2, dict(color="#3b6fb6")), ("log_gain_forward", r"of $z$", 0.2, hatched)
+    for field, label, shift, look in gains:
+        axes[1].bar(row + shift, np.nan_to_num(_finite(getattr(report, field))), width=0.4, label=label, **look)
     axes[1].axhline(0, color="0.3", linewidth=0.6)
-    shares = (("exact zeros in $\\delta$", report.zero_fraction), ("dead units", report.dead_fraction),
-              ("saturated entries", report.saturated_fraction))  # fmt: skip
-    for i, (label, share) in enumerate(shares):
-        axes[2].plot(at, 100 * share, _STYLES[i], marker=_MARKERS[i], color=colours[i], markersize=4, linewidth=1.4, label=label)
-    for ax, unit, title in zip(axes, ("nats", "nats per step", "per cent"), _TITLES, strict=True):
-        ax.set_ylabel(unit)
-        ax.set_title(title, loc="left", fontsize=10)
-    axes[2].set(ylim=(-5, 105), xlabel="site, in execution order (1 = nearest the input)")
-    for ax in axes:
-        ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-    if num <= 40:
-        axes[2].set_xticks(at, [name if len(name) <= 30 else "…" + name[-29:] for name in report.site], rotation=90, fontsize=7)
+    lost = [i for i, v in enumerate(report.log_delta) if not np.isfinite(v)]
+    if lost:
+        edge = axes[0].get_xaxis_transform()
+        axes[0].plot(lost, [0.02] * len(lost), "x", color="black", transform=edge, label="no finite reading", clip_on=False)
+    for ax, ylabel in zip(axes, ("backward, nats", "gain, nats a step", "forward, nats", "fraction"), strict=True):
+        ax.set_ylabel(ylabel)
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.grid(axis="x", color="0.92")
+    axes[3].set(ylim=(-0.05, 1.05), xlabel="" if labelled else "site, in execution order (input first)")
+    if labelled:
+        names = [name if len(name) <= 34 else "..." + name[-31:] for name in report.site]
+        axes[3].set_xticks(row, names, rotation=90, fontsize=7)
+    figure.suptitle("The gradient at every site, input on the left")
     return figure
 
 

@@ -17,26 +17,13 @@ from typing import Any, NamedTuple
 
 from jax.ad_checkpoint import checkpoint_name
 
-from vgrad.jaxprs import (
-    CHECKPOINTS,
-    INLINED,
-    LAYOUT,
-    PRODUCTS,
-    activation,
-    bodies,
-    is_float,
-    is_literal,
-    opened,
-    products,
-    split_operands,
-    units,
-)
+from vgrad import jaxprs
+from vgrad.flows import Flow, Path, either, merged
+from vgrad.jaxprs import bodies, is_float, is_literal, opened, products
 
-__all__ = ["Flow", "Path", "Plan", "Site", "analyse", "tap"]
+__all__ = ["Plan", "Site", "analyse", "tap"]
 
 _GATED = {"sigmoid": "silu", "erf": "gelu", "tanh": "gelu_tanh"}  # what z times the activation of z is
-
-Path = tuple[int, ...]
 
 
 def tap(x, name: str):
@@ -52,32 +39,6 @@ def tap(x, name: str):
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a tap is {name!r}, expected a string: tap(x, 'embedding').")
     return checkpoint_name(x, name)
-
-
-class Flow(NamedTuple):
-    """What is known of a value.
-
-    Attributes:
-      leaf: index of the parameter leaf that it is a view of, or computed from elementwise; -1 for none.
-      rank: how sure that is: 3 a view, 2 computed elementwise from parameters and constants, 1 looked up by data, 0 no leaf.
-      data: whether it depends on anything but parameters and constants.
-      deps: the leaves it depends on differentiably, as bits.
-      depth: the number of sites on the longest way to it.
-      tags: the sites it is the preactivation of, whatever shifts and norms came between.
-      own: whether it is exactly the product, or the product and its bias.
-      acted: the activation that it is the value of, and of which sites.
-      uniform: whether it is one number, broadcast.
-    """
-
-    leaf: int = -1
-    rank: int = 0
-    data: bool = False
-    deps: int = 0
-    depth: int = 0
-    tags: tuple[Path, ...] = ()
-    own: bool = False
-    acted: tuple[str, tuple[Path, ...]] = ("", ())
-    uniform: bool = False
 
 
 class Site(NamedTuple):
@@ -117,6 +78,8 @@ class Plan(NamedTuple):
       phi: site -> (equation, its operand, name) of the activation behind it.
       derived: equations that compute weights from a leaf other than by a change of layout -> the operand that holds the leaf.
       biases: the leaves that are added to a product.
+      stacked: the leaves that are scanned over.
+      joined: name of weights put together from several leaves -> the names of those.
       used: the leaves the output depends on, as bits.
     """
 
@@ -125,17 +88,23 @@ class Plan(NamedTuple):
     phi: dict[Path, tuple[Path, int, str]]
     derived: dict[Path, int]
     biases: set[int]
+    stacked: set[int]
+    joined: dict[str, list[str]]
     used: int = 0
 
 
 def analyse(closed, leaves: list[str]) -> Plan:
     """Finds the sites of a traced function whose first arguments are the parameter leaves of these names."""
-    plan = Plan({}, {}, {}, {}, set())
+    plan, leaves = _empty(), list(leaves)
     jaxpr, consts = opened(closed)
     flows = [Flow(leaf=i, rank=3, deps=1 << i) for i in range(len(leaves))]
     flows += [Flow(data=True)] * (len(jaxpr.invars) - len(leaves))
     out = _Walk(plan, leaves, ()).walk(jaxpr, [Flow()] * len(consts), flows, ())
     return plan._replace(used=out[0].deps)
+
+
+def _empty() -> Plan:
+    return Plan({}, {}, {}, {}, set(), set(), {})
 
 
 class _Walk(NamedTuple):
@@ -156,14 +125,14 @@ class _Walk(NamedTuple):
 
     def equation(self, eqn, flows, here) -> list[Flow]:
         name = eqn.primitive.name
-        if name in PRODUCTS:
+        if name in jaxprs.PRODUCTS:
             return self.product(eqn, flows, here)
         if name == "name" and is_float(eqn.outvars[0].aval):
             return [self.site(eqn, flows, here, "tap", str(eqn.params["name"]), -1, 0, flows[0])]
         tagged = [k for k, f in enumerate(flows) if f.tags]
-        if tagged and activation(eqn):
-            return self.activated(eqn, flows, here, tagged[0], activation(eqn))
-        if name in INLINED | CHECKPOINTS:
+        if tagged and jaxprs.activation(eqn):
+            return self.activated(eqn, flows, here, tagged[0], jaxprs.activation(eqn))
+        if name in jaxprs.INLINED | jaxprs.CHECKPOINTS:
             body, consts = opened(bodies(eqn)[0])
             return self.walk(body, [Flow()] * len(consts), flows, here)
         if name == "scan":
@@ -176,8 +145,10 @@ class _Walk(NamedTuple):
             return flows
         if bodies(eqn) and any(products(b) for b in bodies(eqn)):
             return self.opaque(eqn, flows, here)
-        if name in LAYOUT:
+        if name in jaxprs.LAYOUT:
             return [self.layout(eqn, flows, v) for v in eqn.outvars]
+        if name in ("concatenate", "stack") and all(f.rank == 3 for f in flows):
+            return [self.joined(flows)]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
 
     def site(self, eqn, flows, here, kind, name, operand, output, out: Flow) -> Flow:
@@ -185,24 +156,25 @@ class _Walk(NamedTuple):
         depth = 1 + max(f.depth for f in flows)
         aval = eqn.outvars[output].aval
         self.plan.sites[here] = Site(
-            here, kind, name, depth, operand, output, units(eqn, operand, output), aval.shape, aval.dtype, self.loops
+            here, kind, name, depth, operand, output, jaxprs.units(eqn, operand, output), aval.shape, aval.dtype, self.loops
         )
         tags = (*out.tags, here) if kind == "tap" else (here,)
         return out._replace(depth=depth, tags=tags, own=True, acted=("", ()), uniform=False)
 
     def product(self, eqn, flows, here):
-        merged = _merged(flows)
+        both = merged(flows)
         operand = max(range(2), key=lambda k: (flows[k].rank, k))
         if not flows[operand].rank or not is_float(eqn.outvars[0].aval):
-            return [merged._replace(data=True)]
-        only_params = all(f.rank >= 2 and not f.data for f in flows[:2])
-        out = merged._replace(leaf=flows[operand].leaf, rank=2) if only_params else merged._replace(data=True)
-        return [self.site(eqn, flows, here, PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
+            return [both._replace(data=True)]
+        # A product of two views may be a factorised weight; what is computed from parameters otherwise may be data closed over.
+        factors = all(f.rank == 3 for f in flows[:2])
+        out = both._replace(leaf=flows[operand].leaf, rank=2) if factors else both._replace(data=True)
+        return [self.site(eqn, flows, here, jaxprs.PRODUCTS[eqn.primitive.name], self.leaves[flows[operand].leaf], operand, 0, out)]
 
     def opaque(self, eqn, flows, here):
         """An equation that is not entered, for it has a derivative of its own or none: one site, its largest output."""
-        merged = _merged(flows)._replace(data=True)
-        out = [merged] * len(eqn.outvars)
+        both = merged(flows)._replace(data=True)
+        out = [both] * len(eqn.outvars)
         weights = [k for k, f in enumerate(flows) if f.rank and is_float(eqn.invars[k].aval)]
         readable = [j for j, v in enumerate(eqn.outvars) if is_float(v.aval)]
         if weights and readable:
@@ -210,28 +182,35 @@ class _Walk(NamedTuple):
             output = max(readable, key=lambda j: math.prod(eqn.outvars[j].aval.shape))
             inside = [k for b in bodies(eqn) for k in products(b)]
             kind = inside[0] if eqn.primitive.name == "custom_jvp_call" and len(inside) == 1 else "opaque"
-            depth = self.site(eqn, flows, here, kind, self.leaves[flows[operand].leaf], operand, output, merged)
-            out = [depth if j == output else merged._replace(depth=depth.depth) for j in range(len(out))]
+            depth = self.site(eqn, flows, here, kind, self.leaves[flows[operand].leaf], operand, output, both)
+            out = [depth if j == output else both._replace(depth=depth.depth) for j in range(len(out))]
         return out
 
     def scan(self, eqn, flows, here):
         body, consts = opened(bodies(eqn)[0])
-        num_consts, num_carry = split_operands(eqn, body)
+        num_consts, num_carry = jaxprs.split_operands(eqn, body)
         base = max([0, *(f.depth for f in flows)])
         plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", ()), uniform=False)  # noqa: E731
         inner = [plain(f) for f in flows]
         carry = slice(num_consts, num_consts + num_carry)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
-        scratch = self._replace(plan=Plan({}, {}, {}, {}, set()))
+        self.plan.stacked.update(f.leaf for f in flows[num_consts + num_carry :] if f.rank)
+        scratch = self._replace(plan=_empty())
         while True:
             out = scratch.walk(body, [Flow()] * len(consts), inner, here)
-            joined = [_either(f, plain(g)) for f, g in zip(inner[carry], out[:num_carry], strict=True)]
+            joined = [either(f, plain(g)) for f, g in zip(inner[carry], out[:num_carry], strict=True)]
             if joined == inner[carry]:
                 break
             inner[carry] = joined
         step = max([0, *(f.depth - base for f in out[:num_carry])])
         loops = (*self.loops, (len(here), length, step, reverse))
         out = self._replace(loops=loops).walk(body, [Flow()] * len(consts), inner, here)
+        # A block that starts with its activation meets the preactivations of the iteration before: then only the name is known.
+        before = zip(flows[carry], inner[carry], out[:num_carry], strict=True)
+        inner[carry] = [f._replace(tags=(*first.tags, *last.tags)) for first, f, last in before]
+        scratch.walk(body, [Flow()] * len(consts), inner, here)
+        for site, (_, _, name) in scratch.plan.phi.items():
+            self.plan.phi.setdefault(site, ((), -1, name))
         return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
 
     def cond(self, eqn, flows, here):
@@ -242,7 +221,7 @@ class _Walk(NamedTuple):
             every.append(self.walk(body, [Flow()] * len(consts), [plain(f) for f in flows[1:]], (*here, k)))
         out = every[0]
         for other in every[1:]:
-            out = [_either(f, g) for f, g in zip(out, other, strict=True)]
+            out = [either(f, g) for f, g in zip(out, other, strict=True)]
         return [plain(f)._replace(data=f.data or flows[0].data) for f in out]
 
     def layout(self, eqn, flows, out):
@@ -252,15 +231,28 @@ class _Walk(NamedTuple):
         uniform = f.uniform or math.prod(eqn.invars[0].aval.shape) == 1
         return f._replace(depth=max(g.depth for g in flows), uniform=uniform)
 
+    def joined(self, flows):
+        """Weights put together from several leaves: queries, keys and values in one, or a list of layers to be scanned over."""
+        parts = list(dict.fromkeys(n for f in flows for n in self.plan.joined.get(self.leaves[f.leaf], [self.leaves[f.leaf]])))
+        name = "+".join(parts if len(parts) < 4 else [parts[0], "...", parts[-1]])
+        if name not in self.leaves:
+            self.leaves.append(name)
+        self.plan.joined[name] = parts
+        return merged(flows)._replace(leaf=self.leaves.index(name), rank=3)
+
     def elementwise(self, eqn, flows, here, out):
         shape = lambda k: eqn.invars[k].aval.shape  # noqa: E731
-        merged = _merged(flows)
+        both = merged(flows)
         same = [k for k in range(len(flows)) if shape(k) == out.aval.shape]
         # Weights computed from a leaf: by parameters and constants alone, or divided by one number such as a spectral norm.
         leaf = max(same, key=lambda k: flows[k].rank, default=-1)
-        if leaf >= 0 and flows[leaf].rank >= 2 and all(k == leaf or not f.data or f.uniform for k, f in enumerate(flows)):
+        if (
+            leaf >= 0
+            and flows[leaf].rank >= 2
+            and all(k == leaf or not f.data or f.uniform or math.prod(shape(k)) == 1 for k, f in enumerate(flows))
+        ):
             self.plan.derived[here] = leaf
-            merged = merged._replace(leaf=flows[leaf].leaf, rank=2, data=False)
+            both = both._replace(leaf=flows[leaf].leaf, rank=2, data=False)
         tags = tuple(dict.fromkeys(t for k in same for t in flows[k].tags))
         own = False
         if tags and eqn.primitive.name == "add":
@@ -274,7 +266,7 @@ class _Walk(NamedTuple):
             tagged = [k for k in same if flows[k].tags and set(flows[k].tags) & set(acted[1])]
             if eqn.primitive.name == "mul" and tagged and acted[0] in _GATED:
                 return self.activated(eqn, flows, here, tagged[0], _GATED[acted[0]], upgrade=True)[0]
-        return merged._replace(tags=tags, own=own, acted=acted)
+        return both._replace(tags=tags, own=own, acted=acted)
 
     def activated(self, eqn, flows, here, operand, name, *, upgrade=False):
         """Records that `name` is what acts on the sites of an operand, unless another activation came first."""
@@ -282,18 +274,4 @@ class _Walk(NamedTuple):
         for site in tags:
             if upgrade or site not in self.plan.phi:
                 self.plan.phi[site] = (here, operand, name)
-        return [_merged(flows)._replace(data=True, acted=(name, tags))] * len(eqn.outvars)
-
-
-def _merged(flows) -> Flow:
-    """The flow of a value computed from several."""
-    deps = 0
-    for f in flows:
-        deps |= f.deps
-    return Flow(data=any(f.data for f in flows), deps=deps, depth=max((f.depth for f in flows), default=0))
-
-
-def _either(f: Flow, g: Flow) -> Flow:
-    """The flow of a value that is one or the other."""
-    both = _merged([f, g])
-    return both._replace(leaf=f.leaf, rank=min(f.rank, g.rank)) if f.leaf == g.leaf else both._replace(data=True)
+        return [merged(flows)._replace(data=True, acted=(name, tags))] * len(eqn.outvars)

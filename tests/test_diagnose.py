@@ -1,0 +1,381 @@
+"""What the report says of sick and healthy models, that it changes nothing, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas
+import pytest
+from jax import lax
+
+import vgrad
+from vgrad import losses
+from vgrad.diagnosis import following_site
+
+N, B, DEPTH = 16, 12, 7
+KEYS = jax.random.split(jax.random.key(3), DEPTH + 2)
+X = jax.random.normal(KEYS[-1], (B, N))
+LABELS = np.arange(B) % N
+
+
+def mlp(scale=2**0.5):
+    return {
+        f"layer{i}": {"w": scale * jax.random.normal(k, (N, N)) / N**0.5, "b": jnp.zeros((1, N))}
+        for i, k in enumerate(KEYS[:DEPTH])
+    }
+
+
+def loss_fn(params, x=X, phi=jax.nn.relu):
+    for i in range(DEPTH):
+        x = x @ params[f"layer{i}"]["w"] + params[f"layer{i}"]["b"]
+        x = phi(x) if i < DEPTH - 1 else x
+    return losses.cross_entropy(x, LABELS)
+
+
+def sick(**change):
+    params = mlp()
+    params["layer3"] = params["layer3"] | change
+    return params
+
+
+@pytest.fixture(scope="module")
+def healthy():
+    return vgrad.diagnose(loss_fn, mlp(), X)
+
+
+def test_a_healthy_model(healthy):
+    assert healthy.site == tuple(f"layer{i}/w" for i in range(DEPTH))
+    assert list(healthy.depth) == list(range(1, DEPTH + 1))
+    assert healthy.kind == ("dot",) * DEPTH
+    assert healthy.status == ("ok",) * DEPTH
+    assert healthy.activation == ("relu",) * (DEPTH - 1) + ("",)
+    assert healthy.unused == healthy.unread == healthy.opaque == healthy.non_finite == ()
+    assert "HOLDS" in healthy.verdict()
+    assert "Try" not in healthy.verdict()
+
+
+def test_every_column_by_hand(healthy):
+    """Forward in NumPy float64, backward by `jax.grad`."""
+    params, x, zs = mlp(), np.asarray(X, np.float64), []
+    for i in range(DEPTH):
+        zs.append(x @ np.asarray(params[f"layer{i}"]["w"], np.float64))
+        x = np.maximum(zs[-1], 0)
+    grads = jax.jit(jax.grad(loss_fn))(params)
+    by_layer = [params[f"layer{i}"]["w"] for i in range(DEPTH)], [grads[f"layer{i}"]["w"] for i in range(DEPTH)]
+    log_w, log_grad_w = ([np.log(np.linalg.norm(np.asarray(a, np.float64))) for a in which] for which in by_layer)
+    np.testing.assert_allclose(healthy.log_w, log_w, atol=1e-5)  # same maths, two routes
+    np.testing.assert_allclose(healthy.log_grad_w, log_grad_w, atol=1e-5)
+    np.testing.assert_allclose(healthy.log_rms_z, [0.5 * np.log(np.mean(z**2)) for z in zs], atol=1e-5)
+    off = [z <= 0 for z in zs[:-1]]
+    np.testing.assert_allclose(healthy.saturated_fraction[:-1], [o.mean() for o in off], atol=1e-6)
+    np.testing.assert_allclose(healthy.dead_fraction[:-1], [o.all(0).mean() for o in off], atol=1e-6)
+    np.testing.assert_allclose(healthy.zero_fraction[:-1], [o.mean() for o in off], atol=1e-6)
+    assert np.isnan(healthy.dead_fraction[-1])
+    np.testing.assert_allclose(healthy.log_gain_forward[:-1], np.diff(healthy.log_rms_z), atol=1e-12)
+    np.testing.assert_allclose(healthy.log_gain_backward[:-1], -np.diff(healthy.log_delta), atol=1e-12)
+    np.testing.assert_allclose(healthy.loss, [float(loss_fn(params))], rtol=1e-6)
+
+
+def test_bias_belongs_to_the_preactivation():
+    params = {"w": jnp.eye(N), "b": jnp.full((1, N), 3.0)}
+    report = vgrad.diagnose(lambda p: jnp.sum(jnp.tanh(X @ p["w"] + p["b"])), params)
+    np.testing.assert_allclose(report.log_rms_z, 0.5 * np.log(np.mean((np.asarray(X) + 3) ** 2)), atol=1e-5)
+    slope = 1 - np.tanh(np.asarray(X, np.float64) + 3) ** 2
+    np.testing.assert_allclose(report.saturated_fraction, (slope < 0.1).mean(), atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: lambda p, x: jnp.mean(jax.vmap(f, (None, 0))(p, x[:, None]))])
+def test_jit_remat_and_vmap_change_nothing(wrap):
+    loss = lambda p, x: jnp.mean(jnp.sin(jnp.tanh(x @ p["a"]) @ p["c"]))  # noqa: E731
+    params = {"a": jax.random.normal(KEYS[0], (N, N)), "c": jax.random.normal(KEYS[1], (N, N))}
+    plain, wrapped = vgrad.diagnose(loss, params, X), vgrad.diagnose(wrap(loss), params, X)
+    for name, value in plain._asdict().items():
+        other = getattr(wrapped, name)
+        if isinstance(value, np.ndarray):
+            np.testing.assert_allclose(value, other, rtol=2e-5, atol=2e-5, err_msg=name)
+        else:
+            assert value == other, name
+
+
+def test_a_dead_layer_is_named():
+    report = vgrad.diagnose(loss_fn, sick(b=jnp.full((1, N), -100.0)), X)
+    assert report.status == ("disconnected",) * 6 + ("ok",)
+    assert report.dead_fraction[3] == 1
+    assert "all units behind layer3/w are dead" in report.verdict()
+
+
+def test_a_layer_of_zeros_is_named():
+    report = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), X, jnp.tanh)
+    assert report.status == ("disconnected",) * 3 + ("ok",) * 4
+    assert "the weights of layer3/w are zero" in report.verdict()
+
+
+@pytest.mark.parametrize(("scale", "word"), [(1e-30, "VANISHES"), (1e30, "EXPLODES")])
+def test_a_layer_out_of_scale_is_named(healthy, scale, word):
+    report = vgrad.diagnose(loss_fn, sick(w=scale * mlp()["layer3"]["w"]), X)
+    assert f"{word} by a factor 1e{np.log10(scale):+.0f} in one step, from layer3/w to layer2/w" in report.verdict()
+    assert "the weights of layer3/w" in report.verdict()
+    assert report.log_gain_backward[2] == pytest.approx(healthy.log_gain_backward[2] + np.log(scale), abs=0.5)
+    assert "HOLDS" in report.verdict()  # the rest
+
+
+def test_far_beyond_float32():
+    """A chain of numbers: delta_i = a_{i+1} ... a_L in closed form, down to 1e-175 and up to 1e+105."""
+    scales = np.float32([1e-35] * 8 + [1e35] * 3)
+    params = [jnp.full((1, 1), s) for s in scales]
+
+    def chain(params, x):
+        for w in params:
+            x = x @ w
+        return jnp.sum(x)
+
+    above = np.concatenate([np.cumsum(np.log(scales.astype(float))[:0:-1])[::-1], [0]])
+    report = vgrad.diagnose(chain, params, jnp.ones((1, 1)))
+    np.testing.assert_allclose(report.log_delta, above, rtol=1e-6, atol=1e-4)
+    assert set(report.status) == {"ok"}
+
+
+def test_sigmoid_to_e_minus_700_equals_profile():
+    net = vgrad.mlp(N, "sigmoid", N, 4, sigma_w=0.7)
+    params = jax.jit(net.init, static_argnums=1)(KEYS[0], 400)
+    labels = LABELS % 4
+    report = vgrad.diagnose(lambda p, x: losses.cross_entropy(net.forward(p, x), labels), params, X)
+    prof = vgrad.profile(net, params, (X, labels), loss=losses.cross_entropy)
+    assert report.log_delta[0] < -700
+    np.testing.assert_allclose(report.log_delta, prof.log_delta[0], rtol=1e-5)  # same maths, two routes
+    np.testing.assert_allclose(report.log_grad_w, prof.log_grad_w[0], rtol=1e-5)
+    assert report.site[:2] == ("embed/w", "hidden/w[0]")
+    assert report.site[-1] == "readout/w"
+    assert set(report.activation[:-2]) == {"sigmoid"}
+    assert report.rate.value == pytest.approx(
+        vgrad.fit.decay_rate(prof.log_delta[None, None], [400]).mean_log.value[0, 0], rel=0.01
+    )
+
+
+def test_the_advice_has_numbers():
+    report = vgrad.diagnose(loss_fn, mlp(0.4), X, jnp.tanh)
+    verdict = report.verdict()
+    assert "VANISHES" in verdict
+    assert "critical sigma_w of tanh, 1 " in verdict  # chi_1 = sigma_w^2 at sigma_b = 0
+    by = float(verdict.split("multiply them by ")[1].split(".\n")[0])
+    assert by == pytest.approx(1 / 0.4, rel=4 / N)  # the std of 16 x 16 draws, median of six: 4 standard errors and more
+    assert "0.38 f(x)" in verdict  # 1 / sqrt(7)
+
+
+def test_value_and_gradient_stay_as_they_are():
+    from vgrad.instrument import probes_for, run
+    from vgrad.sites import analyse
+
+    params = mlp()
+    leaves, tree = jax.tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves: loss_fn(jax.tree.unflatten(tree, leaves)))(leaves)
+    plan = analyse(closed, [str(i) for i in range(len(leaves))])
+    assert len(plan.sites) == DEPTH
+
+    def probed(leaves):
+        (loss,), _, _ = run(plan, closed, leaves, [], probes_for(plan))
+        return loss
+
+    value, grads = jax.jit(jax.value_and_grad(probed))(leaves)
+    expected, expected_grads = jax.jit(jax.value_and_grad(loss_fn))(params)
+    assert value == expected
+    # The gradients come in other units, a power of two for each use, and are otherwise the same.
+    for mine, theirs in zip(grads, jax.tree.leaves(expected_grads), strict=True):
+        unit = 2.0 ** np.round(np.log2(np.linalg.norm(mine) / np.linalg.norm(theirs)))
+        np.testing.assert_allclose(mine / unit, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_shared_parameters_appear_at_every_use():
+    params = {"w": jax.random.normal(KEYS[0], (N, N)) / 4, "e": jax.random.normal(KEYS[1], (N, N)), "n": jnp.ones((N, N))}
+
+    def loss(p, tokens):
+        h = jnp.tanh(jnp.tanh(p["e"][tokens] @ p["w"]) @ p["w"])
+        return jnp.sum((h @ p["e"].T) ** 2)
+
+    report = vgrad.diagnose(loss, params, LABELS)
+    assert report.site == ("w", "w#2", "e")
+    assert report.unused == ("n",)
+    separate = lambda w1, w2, e: jnp.sum((jnp.tanh(jnp.tanh(params["e"][LABELS] @ w1) @ w2) @ e.T) ** 2)  # noqa: E731
+    grads = jax.jit(jax.grad(separate, (0, 1, 2)))(params["w"], params["w"], params["e"])
+    np.testing.assert_allclose(report.log_grad_w, [np.log(np.linalg.norm(g)) for g in grads], atol=1e-5)
+
+
+def test_unused_and_unread_parameters_are_reported():
+    params = {
+        "w": jnp.ones((N, N)),
+        "e": jnp.ones((5, N)),
+        "stopped": jnp.ones((N, N)),
+        "b": jnp.ones((1, N)),
+        "never": jnp.ones(3),
+    }
+
+    def loss(p, x):
+        x = (p["e"][np.arange(B) % 5] + x) @ p["w"] + p["b"]
+        return jnp.sum(x * lax.stop_gradient(x @ p["stopped"]))
+
+    report = vgrad.diagnose(loss, params, X)
+    assert set(report.unused) == {"stopped", "never"}
+    assert report.unread == ("e",)
+    assert report.status[report.site.index("stopped")] == "disconnected"
+    assert "stop" in report.verdict()
+
+
+def test_taps():
+    params = {"e": jnp.ones((5, N)), "scale": jnp.ones((1, N))}
+
+    def loss(p, tokens):
+        h = vgrad.tap(p["e"][tokens], "embedding")
+        return jnp.sum(jnp.sin(h * vgrad.tap(p["scale"], "scale")) ** 2)
+
+    report = vgrad.diagnose(loss, params, LABELS % 5)
+    assert report.site == ("embedding", "scale")
+    assert report.kind == ("tap", "tap")
+    of_scale = jax.grad(lambda s: loss(params | {"scale": s}, LABELS % 5))(params["scale"])
+    np.testing.assert_allclose(report.log_delta[1], np.log(np.linalg.norm(of_scale)), atol=1e-5)
+    assert np.isnan(report.log_grad_w).all()
+    with pytest.raises(TypeError, match="name of a tap"):
+        vgrad.tap(X, 3)
+
+
+@jax.custom_vjp
+def own_derivative(w, x):
+    return x @ w
+
+
+own_derivative.defvjp(lambda w, x: (x @ w, (w, x)), lambda res, c: (res[1].T @ c, c @ res[0].T))
+
+
+@jax.custom_jvp
+def own_jvp(w, x):
+    return x @ w
+
+
+own_jvp.defjvp(lambda primals, tangents: (own_jvp(*primals), tangents[1] @ primals[0] + primals[1] @ tangents[0]))
+
+
+def counted(w, x):
+    return lax.stop_gradient(lax.while_loop(lambda s: s[0] < 2, lambda s: (s[0] + 1, s[1] @ w), (0, x))[1])
+
+
+def sharded(w, x):
+    mesh = jax.make_mesh((1,), ("rows",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec("rows")
+    return jax.shard_map(lambda w, x: x @ w, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(), spec), out_specs=spec)(w, x)
+
+
+@pytest.mark.parametrize("inner", [own_derivative, counted, sharded])
+def test_what_is_not_entered_is_named(inner):
+    params = {"a": jax.random.normal(KEYS[0], (N, N)), "q": jax.random.normal(KEYS[1], (N, N)) / 4}
+    report = vgrad.diagnose(lambda p, x: jnp.sum(jnp.sin(x @ p["a"] + inner(p["q"], x))), params, X)
+    assert set(report.opaque) == {"q"}
+    row = report.site.index("q")
+    assert report.kind[row] == report.status[row] == "opaque"
+    assert "q" in report.verdict()
+    if inner is not counted:
+        grads = jax.grad(lambda p: jnp.sum(jnp.sin(X @ p["a"] + X @ p["q"])))(params)
+        np.testing.assert_allclose(report.log_grad_w[row], np.log(np.linalg.norm(grads["q"])), atol=1e-5)
+
+
+def test_a_custom_jvp_with_one_product_is_a_product():
+    params = {"q": jax.random.normal(KEYS[1], (N, N)) / 4}
+    report = vgrad.diagnose(lambda p, x: jnp.sum(jnp.sin(own_jvp(p["q"], x))), params, X)
+    assert (report.site, report.kind, report.status) == (("q",), ("dot",), ("ok",))
+    grad = jax.grad(lambda p: jnp.sum(jnp.sin(X @ p["q"])))(params)["q"]
+    np.testing.assert_allclose(report.log_grad_w, np.log(np.linalg.norm(grad)), atol=1e-5)
+
+
+def test_a_branch_that_is_not_taken():
+    params = {"a": jnp.ones((N, N)), "c": jnp.ones((N, N))}
+    loss = lambda p, x: jnp.sum(lax.cond(x[0, 0] > 1e3, lambda: x @ p["a"], lambda: x @ p["c"]))  # noqa: E731
+    report = vgrad.diagnose(loss, params, X)
+    assert dict(zip(report.site, report.status, strict=True)) == {"a": "not run", "c": "ok"}
+
+
+def test_several_batches_and_keys():
+    batches = [(jax.random.normal(k, (B, N)),) for k in KEYS[:4]]
+    report = vgrad.diagnose(loss_fn, mlp(), batches=batches)
+    singles = np.array([vgrad.diagnose(loss_fn, mlp(), *b).log_delta for b in batches[:2]])
+    both = vgrad.diagnose(loss_fn, mlp(), batches=batches[:2])
+    np.testing.assert_allclose(both.log_delta, singles.mean(0), atol=1e-6)
+    np.testing.assert_allclose(both.spread["log_delta"], singles.std(0, ddof=1), atol=1e-6)
+    assert report.loss.shape == (4,)
+
+
+def test_float64_and_half_precision(x64):
+    params = jax.tree.map(lambda a: a.astype(jnp.float64), mlp())
+    report = vgrad.diagnose(loss_fn, params, X.astype(jnp.float64))
+    grads = jax.jit(jax.grad(loss_fn))(params, X.astype(jnp.float64))
+    np.testing.assert_allclose(report.log_grad_w, [np.log(np.linalg.norm(g["w"])) for g in grads.values()], atol=1e-12)
+    half = vgrad.diagnose(loss_fn, jax.tree.map(lambda a: a.astype(jnp.bfloat16), mlp()), X.astype(jnp.bfloat16))
+    np.testing.assert_allclose(half.log_delta, report.log_delta, atol=0.1)  # bfloat16 keeps two digits
+
+
+def test_report_as_text_and_dataframe(healthy):
+    table = healthy.table().splitlines()
+    assert len(table) == 2 + DEPTH
+    assert len({len(line.rstrip()) for line in table[2:-1]}) == 1
+    frame = healthy.to_dataframe()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.site) == list(healthy.site)
+    assert str(healthy).startswith(healthy.table())
+    assert healthy.verdict() in str(healthy)
+
+
+def test_rate_of_roles_and_jumps(healthy):
+    """Two roles at offsets of their own, falling by 0.5 a layer, and one step of -20 that is no part of the trend."""
+    depth = np.repeat(np.arange(1, 11), 2)
+    log_delta = 0.5 * depth + np.tile([0, -4.0], 10) - 20 * (depth <= 4)
+    following = following_site(depth)
+    gain = np.where(following >= 0, log_delta - log_delta[following], np.nan)
+    names = tuple(f"block{d}/{r}" for d in range(10) for r in "qv")
+    made = {f: np.zeros(20) for f in ("log_w", "dead_fraction", "saturated_fraction", "log_rms_z")}
+    report = healthy._replace(site=names, kind=("dot",) * 20, depth=depth, log_delta=log_delta, log_gain_backward=gain,
+                              status=("ok",) * 20, activation=("",) * 20, num_units=np.full(20, N), **made)  # fmt: skip
+    assert report.rate.value == pytest.approx(-0.5, abs=0.05)
+    assert "from block4/q to block3/" in report.verdict()
+
+
+def bad_params():
+    return {"w": jnp.ones((N, N)), "count": jnp.zeros((), jnp.int32)}
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: vgrad.diagnose(lambda p, x: x @ p["w"], {"w": jnp.eye(N)}, X), ValueError, "expected a scalar"),
+        (lambda: vgrad.diagnose(lambda p, x: (jnp.sum(x @ p), 1), jnp.eye(N), X), ValueError, "has_aux=True"),
+        (lambda: vgrad.diagnose(lambda p, x: jnp.sum(x @ p), jnp.eye(N), X, has_aux=True), ValueError, "pair"),
+        (lambda: vgrad.diagnose(lambda p: jnp.sum(X @ p).astype(jnp.int32), jnp.eye(N)), ValueError, "real float"),
+        (lambda: vgrad.diagnose(loss_fn, bad_params(), X), TypeError, "count has dtype int32"),
+        (lambda: vgrad.diagnose(loss_fn, {"w": jnp.ones((N, N), jnp.complex64)}, X), TypeError, "complex64"),
+        (lambda: vgrad.diagnose(lambda p: float(jnp.sum(p)), jnp.eye(N)), TypeError, "cannot be traced"),
+        (lambda: vgrad.diagnose(lambda p: jnp.sum(np.sin(p)), jnp.eye(N)), TypeError, "cannot be traced"),
+        (lambda: vgrad.diagnose(3, jnp.eye(N)), TypeError, "expected a function"),
+        (lambda: vgrad.diagnose(loss_fn, {}, X), ValueError, "no array leaves"),
+        (lambda: vgrad.diagnose(lambda p: jnp.sum(p["a"] * 2), {"a": jnp.ones(3)}), ValueError, "no site found"),
+        (lambda: vgrad.diagnose(loss_fn, mlp(), X, batches=[(X,)]), ValueError, "one or the other"),
+        (lambda: vgrad.diagnose(loss_fn, mlp(), batches=[]), ValueError, "empty"),
+        (lambda: vgrad.diagnose(lambda p, x: jnp.sum(x @ p), jnp.eye(N), batches=[(X,), (X[:1],)]), ValueError, "differ"),
+    ],
+)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_nan_in_the_parameters_is_reported():
+    report = vgrad.diagnose(loss_fn, sick(w=mlp()["layer3"]["w"].at[0, 0].set(jnp.nan)), X)
+    assert report.non_finite == ("layer3/w",)
+    assert report.status[3] == "non-finite"
+    assert "layer3/w" in report.verdict()
+    assert "NON-FINITE" in report.verdict()
+
+
+def test_figure(healthy):
+    from vgrad import plots
+
+    figure = plots.diagnosis(healthy)
+    np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), healthy.log_delta)
+    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == list(healthy.site)
+    dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
+    crosses = plots.diagnosis(dead).axes[0].lines[-1]
+    assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]
