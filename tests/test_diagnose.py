@@ -375,7 +375,7 @@ def test_figure(healthy):
 
     figure = plots.diagnosis(healthy)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), healthy.log_delta)
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == list(healthy.site)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == list(healthy.site)
     dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
     crosses = plots.diagnosis(dead).axes[0].lines[-1]
     assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]
