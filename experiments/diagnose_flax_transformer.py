@@ -1,15 +1,17 @@
 """Post-LN against pre-LN: the gradient of a flax transformer at initialization, the model unchanged, through `vgrad.diagnose`.
 
-Xiong et al., 2020 (arXiv:2002.04745, section 3): post-LN starts with large gradients near the output, whatever its depth L, and that
-is why it needs a warm-up; those of pre-LN fall as 1 / sqrt(L) and are about the same in every layer. Liu et al., 2020
-(arXiv:2004.08249): nor do they vanish in post-LN, in the encoder. Measured, ||dJ/dW|| of the second product of the feed-forward part:
+Xiong et al., 2020 (arXiv:2002.04745, section 3): post-LN starts with large gradients near the output, whatever its depth L, and
+that is why it needs a warm-up; those of pre-LN fall as 1 / sqrt(L) and are about the same in every layer. Liu et al., 2020
+(arXiv:2004.08249): nor do they vanish in post-LN, in the encoder. Measured, ||dJ/dW|| of the second product of the feed-forward
+part:
 
     in the last layer, from depth 6 to 24: post-LN within 0.35 nats, pre-LN by -ln(4) / 2 within 0.35    both were right
     in the last layer: post-LN larger, by more than 0.4 nats at depth 6 and more than 1 at depth 24      right
     first layer over last, pre-LN: ln(L) / 2 within 0.5, so a factor 2 to 5                              not "about the same"
     first layer over last, post-LN: between -1.5 and 0.5 nats, no vanishing to speak of                  Liu et al. were right
 
-In pre-LN layer l reads its stream, of variance l, through a normalisation that divides the gradient by sqrt(l). Four minutes on a CPU.
+In pre-LN layer l reads its stream, of variance l, through a normalisation that divides the gradient by sqrt(l). Four minutes on a
+CPU.
 """
 
 import json

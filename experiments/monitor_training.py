@@ -2,12 +2,12 @@
 
 Claims. At rate 0.003 the network learns (cross-entropy below 0.1), and no gradient is ever exactly zero. At 0.3 a few steps throw
 the parameters so far that no sample activates one of the layers; within half of the run the gradient of all weights up to it is
-exactly zero for good, since nothing they could change reaches the loss. Lu et al., 2019 (arXiv:1903.06733) hold that training leaves
-a dead relu network the constant it is. Of plain gradient descent that is so; Adam's momentum goes on moving a dead layer for some
-steps, and in the small configuration it wakes up once before it dies for good. The loss then is that of the best constant, the
-entropy of the label frequencies, and looks like that of a network that learns slowly. The monitor has the step, the layers and the
-cause: in the three steps before, ||g|| stood at more than 10 times its first value. Its summary flags "dead" at a run of layers that
-begins at the input in the one network, and nothing in the other. Ten seconds on a CPU.
+exactly zero for good, since nothing they could change reaches the loss. Lu et al., 2019 (arXiv:1903.06733) hold that training
+leaves a dead relu network the constant it is. Of plain gradient descent that is so; Adam's momentum goes on moving a dead layer
+for some steps, and in the small configuration it wakes up once before it dies for good. The loss then is that of the best
+constant, the entropy of the label frequencies, and looks like that of a network that learns slowly. The monitor has the step, the
+layers and the cause: in the three steps before, ||g|| stood at more than 10 times its first value. Its summary flags "dead" at a
+run of layers that begins at the input in the one network, and nothing in the other. Ten seconds on a CPU.
 """
 
 import json

@@ -5,11 +5,11 @@ U[-1, 1] / sqrt(n) has n Var W = 1/3, a sixth of He's 2 (He et al., 2015, eq. 10
 
     chi_1 = sigma_w^2 / 2 = 1/6:  ln(E||delta||^2) / 2 falls by ln(6) / 2 = 0.896 per layer,    q* = (1/(3n)) / (1 - 1/6) = 0.4 / n.
 
-Claims: delta falls at that rate, within 4 standard errors and 5 / (4 n): 7 decades in 20 layers, where He's stays. The biases, usually
-left out of the argument, keep the forward signal up at q*; so ||dJ/dW|| falls with delta, and the loss shows nothing. Without biases
-the signal dies forward at the same rate and ||dJ/dW_l|| is the same in all layers: a look at weight gradients alone would find a
-small gradient, not a vanishing one. And the biases are the same for every sample: what tells two inputs apart falls as delta
-does, 0.9 per layer, and beyond some 20 layers float32 cannot tell any two inputs apart. Twenty seconds on a CPU.
+Claims: delta falls at that rate, within 4 standard errors and 5 / (4 n): 7 decades in 20 layers, where He's stays. The biases,
+usually left out of the argument, keep the forward signal up at q*; so ||dJ/dW|| falls with delta, and the loss shows nothing.
+Without biases the signal dies forward at the same rate and ||dJ/dW_l|| is the same in all layers: a look at weight gradients
+alone would find a small gradient, not a vanishing one. And the biases are the same for every sample: what tells two inputs apart
+falls as delta does, 0.9 per layer, and beyond some 20 layers float32 cannot tell any two inputs apart. Twenty seconds on a CPU.
 """
 
 import json

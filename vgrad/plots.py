@@ -88,7 +88,8 @@ def attribution(dataset) -> Figure:
 def diagnosis(report) -> Figure:
     """A `vgrad.Diagnosis` over its sites in execution order: the backward signal, the gains, the forward signal, and flat units.
 
-    A gain is the change from a site to the next deeper one; of delta, on the way back. Bands are standard deviations over batches. A cross on the lower edge is a site without a finite reading of delta.
+    A gain is the change from a site to the next deeper one; of delta, on the way back. Bands are standard deviations over batches.
+    A cross on the lower edge is a site without a finite reading of delta.
     """
     num = len(report.site)
     labelled = num <= 48
