@@ -172,7 +172,7 @@ def test_value_and_gradient_stay_as_they_are():
     assert len(plan.sites) == DEPTH
 
     def probed(leaves):
-        (loss,), _, _ = run(plan, closed, leaves, [], probes_for(plan))
+        (loss,), _, _ = run(plan, closed.jaxpr, [*closed.consts, *leaves], probes_for(plan))
         return loss
 
     value, grads = jax.jit(jax.value_and_grad(probed))(leaves)
@@ -370,6 +370,22 @@ def test_nan_in_the_parameters_is_reported():
     assert "NON-FINITE" in report.verdict()
 
 
+def test_a_loss_that_looks_at_its_arguments():
+    loss = lambda p, x, n: jnp.sum(x @ p) if x[0, 0] < 1e9 else None  # noqa: E731
+    report = vgrad.diagnose(loss, jnp.eye(N), np.asarray(X), jnp.arange(3))
+    np.testing.assert_allclose(report.log_delta, 0.5 * np.log(B * N), atol=1e-6)
+    with pytest.raises(TypeError, match="cannot be traced"):
+        vgrad.diagnose(loss, jnp.eye(N), batches=[(X, 0), (X, 0)])
+
+
+def test_a_long_table_is_cut_in_the_middle(healthy):
+    lines = healthy.table(4).splitlines()
+    assert len(lines) == 2 + 4 + 1
+    assert lines[4] == "... 3 rows ..."
+    assert "layer0/w" in lines[2]
+    assert "layer6/w" in lines[-1]
+
+
 def test_figure(healthy):
     from vgrad import plots
 
@@ -379,3 +395,58 @@ def test_figure(healthy):
     dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
     crosses = plots.diagnosis(dead).axes[0].lines[-1]
     assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]
+
+
+def weight_norm(p, x):
+    return x @ (p["a"] * (jnp.sqrt(jnp.float32(N)) / jnp.linalg.norm(p["a"], axis=0))[None])
+
+
+def spectral_norm(p, x):
+    u = lax.stop_gradient(jnp.tanh(p["a"] @ x[0]))
+    return x @ (p["a"] / jnp.linalg.norm(u))
+
+
+def low_rank(p, x):
+    return x @ (p["a"] + 0.1 * (p["b"][:, :2] @ p["c"][:2]))
+
+
+def fused(p, x):
+    return x @ jnp.concatenate([p["a"], p["b"]], axis=1)
+
+
+def stacked(p, x):
+    return lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, jnp.stack([p["a"], p["b"], p["c"]]))[0]
+
+
+def chosen(p, x):
+    return jnp.einsum("bi,bio->bo", x, jnp.stack([p["a"], p["b"]])[jnp.argmax(x[:, :2], axis=-1)])
+
+
+def closed_over(p, x):
+    h = X * p["b"][:1]  # computed from a parameter and nothing else that the program shows
+    return (h @ p["a"]) @ (h @ p["c"]).T
+
+
+@pytest.mark.parametrize(
+    ("layer", "rows"),
+    [
+        (weight_norm, {"a": "a"}),
+        (spectral_norm, {"a#2": "a"}),
+        (low_rank, {"a": "a", "c": "c"}),
+        (fused, {"a+b": "ab"}),
+        (stacked, {"a+b+c[0]": "a", "a+b+c[1]": "b", "a+b+c[2]": "c"}),
+        (chosen, {"a+b": "ab"}),
+        (closed_over, {"a": "a", "c": "c"}),
+    ],
+)
+def test_weights_computed_from_parameters(layer, rows):
+    """Through normalisation, factors, concatenation and choice, dJ/dW is that of the leaves, all roads from them included."""
+    params = {k: jax.random.normal(KEYS[i], (N, N)) / 4 for i, k in enumerate("abc")}
+    loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)) ** 2)  # noqa: E731
+    report = vgrad.diagnose(loss, params, X)
+    grads = jax.jit(jax.grad(loss))(params, X)
+    found = {s: v for s, v, status in zip(report.site, report.log_grad_w, report.status, strict=True) if status == "ok"}
+    assert found.keys() == rows.keys()
+    for site, leaves in rows.items():
+        expected = 0.5 * np.log(sum(np.sum(np.square(np.asarray(grads[k], np.float64))) for k in leaves))
+        np.testing.assert_allclose(found[site], expected, atol=1e-5, err_msg=site)  # same maths, two routes

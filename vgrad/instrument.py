@@ -3,7 +3,7 @@
 The equations of a traced function are evaluated one by one through jax's own evaluator, and at every site of a `vgrad.sites.Plan`
 the output passes a probe (see `vgrad.probes`). The result is the same function, of the same value, with one argument more,
 
-    loss(params, args)  ->  run(plan, closed, params, args, probes) = (loss, token, facts),
+    loss(params, args)  ->  run(plan, jaxpr, [params, args], probes) = (loss, token, facts),
 
 whose gradient with respect to the probes is the measurement. After every site all values in flight that depend on a site go through
 `split`, so that their cotangents arrive there at order 1: the range of the readings is that of an integer exponent, whatever the
@@ -21,7 +21,7 @@ from jax import lax
 
 from vgrad.base import Array
 from vgrad.flows import Path
-from vgrad.jaxprs import CHECKPOINTS, INLINED, bodies, evaluate, is_float, is_literal, opened, split_operands
+from vgrad.jaxprs import CHECKPOINTS, INLINED, Weights, bodies, evaluate, is_float, is_literal, opened, split_operands
 from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
 from vgrad.sites import Plan
 
@@ -38,17 +38,20 @@ def probes_for(plan: Plan) -> dict[Path, Array]:
     }
 
 
-def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
-    """Evaluates the traced function with its probes.
+def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
+    """Evaluates a traced function with its probes, on the values of its constants and arguments.
 
     Returns:
       (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are
       what the forward pass saw, with an axis per loop in front: (site, "z") -> [3], as of `seen`, of the preactivation; (site, "w")
       -> [2], the norm of the weights; (site, "phi") -> [2], as of `flatness`.
     """
-    jaxpr, consts = opened(closed)
-    scope = _Scope(plan, probes, {"token": zero_token()}, {}, [])
-    out, _ = scope.walk(jaxpr, [*consts, *leaves, *args], [False] * (len(consts) + len(leaves) + len(args)), (), {})
+    inside = frozenset(path[:k] for path in plan.sites for k in range(len(path)))
+    phi_at: dict[Path, list[Path]] = {}
+    for site, (at, _, _) in plan.phi.items():
+        phi_at.setdefault(at, []).append(site)
+    scope = _Scope(plan, inside, phi_at, probes, {"token": zero_token()}, {}, [])
+    out, _, _ = scope.walk(jaxpr, values, [False] * len(values), (), {})
     return out, scope.state["token"], scope.facts
 
 
@@ -65,60 +68,72 @@ class _Frame(NamedTuple):
 
 
 class _Scope(NamedTuple):
-    """One level of tracing: the top, or the body of a loop, a branch, a rematerialised function."""
+    """One level of tracing: the top, or the body of a loop, a branch, a rematerialised function.
+
+    `inside` are the equations with sites in them, `phi_at` those that act on a site's preactivation; probes, the token, facts and
+    frames are those of this level.
+    """
 
     plan: Plan
+    inside: frozenset[Path]
+    phi_at: dict[Path, list[Path]]
     probes: dict[Path, Array]
     state: dict
     facts: Facts
     frames: list[_Frame]
 
-    def walk(self, jaxpr, values, hot, path, origins):
-        """Evaluates a jaxpr on the values of its constants and arguments. Returns the outputs, and which of them are hot."""
+    def walk(self, jaxpr, values, hot, path, weights):
+        """Evaluates a jaxpr on the values of its constants and arguments; `weights` are the `Weights` among them, by position.
+
+        Returns the outputs, which of them are hot, and their `Weights`.
+        """
         variables = [*jaxpr.constvars, *jaxpr.invars]
         last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.invars if not is_literal(v)}
         last |= {v: len(jaxpr.eqns) for v in jaxpr.outvars if not is_literal(v)}
         frame = _Frame(dict(zip(variables, values, strict=True)), set(), last, {"eqn": -1})
         frame.hot.update(v for v, h in zip(variables, hot, strict=True) if h)
-        origins = {variables[k]: origin for k, origin in origins.items()}
+        weights = {variables[k]: w for k, w in weights.items()}
         read = lambda v: v.val if is_literal(v) else frame.env[v]  # noqa: E731
         is_hot = lambda v: not is_literal(v) and v in frame.hot  # noqa: E731
         self.frames.append(frame)
         for i, eqn in enumerate(jaxpr.eqns):
             frame.at["eqn"] = i
             xs, hs = [read(v) for v in eqn.invars], [is_hot(v) for v in eqn.invars]
-            mine = {k: origins[v] for k, v in enumerate(eqn.invars) if not is_literal(v) and v in origins}
-            out, out_hot = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
+            known = [(k, v) for k, v in enumerate(eqn.invars) if not is_literal(v)]
+            if (*path, i) in self.plan.derived or eqn.primitive.name in INLINED:
+                for k, v in known:
+                    weights.setdefault(v, Weights.leaf_of(xs[k]))
+            mine = {k: weights[v] for k, v in known if v in weights}
+            out, out_hot, out_weights = self.equation(jaxpr, eqn, xs, hs, (*path, i), mine)
+            weights |= {eqn.outvars[k]: w for k, w in out_weights.items()}
             for v, x, h in zip(eqn.outvars, out, out_hot, strict=True):
                 frame.env[v] = x
                 if h and is_float(x):
                     frame.hot.add(v)
-            origins.update(_origin(jaxpr, eqn, xs, mine, self.plan.derived.get((*path, i))))
             if (*path, i) in self.plan.sites:
                 self.settle()
             for v in {v for v in (*eqn.invars, *eqn.outvars) if not is_literal(v) and last.get(v, -1) <= i}:
                 frame.env.pop(v, None)
-        out = [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars]
         self.frames.pop()
-        return out
+        kept = {k: weights[v] for k, v in enumerate(jaxpr.outvars) if not is_literal(v) and v in weights}
+        return [read(v) for v in jaxpr.outvars], [is_hot(v) for v in jaxpr.outvars], kept
 
-    def equation(self, jaxpr, eqn, xs, hot, here, origins):
+    def equation(self, jaxpr, eqn, xs, hot, here, weights):
         name = eqn.primitive.name
-        inside = any(p[: len(here)] == here and len(p) > len(here) for p in self.plan.sites)
-        reads_phi = [site for site, (at, _, _) in self.plan.phi.items() if at == here]
+        reads_phi = self.phi_at.get(here, [])
         if name in INLINED and not reads_phi:
             body, consts = opened(bodies(eqn)[0])
             num = len(consts)
-            return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: o for k, o in origins.items()})
-        if inside and name in _ENTER:
-            return _ENTER[name](self, eqn, xs, hot, here)
+            return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: w for k, w in weights.items()})
+        if here in self.inside and name in _ENTER:
+            return (*_ENTER[name](self, eqn, xs, hot, here), {})
         if name == "while":  # has no transpose: a loss that depends on it differentiably has no gradient either
             xs = lax.stop_gradient(xs)
         out = evaluate(jaxpr, eqn, xs)
         site, hot = self.plan.sites.get(here), [any(hot) and name != "stop_gradient"] * len(out)
         if site is not None:
             out, hot = list(out), [True] * len(out)
-            out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, origins)
+            out[site.output] = self.probed(jaxpr, eqn, xs, out[site.output], site, weights.get(site.operand))
         for path in self.plan.biased.get(here, ()):
             self.facts[path, "z"] = seen(out[0])
         for path in reads_phi:
@@ -126,21 +141,20 @@ class _Scope(NamedTuple):
             site = self.plan.sites[path]
             z = xs[operand]
             self.facts[path, "phi"] = flatness(phi, z, site.units if z.shape == site.shape else (z.ndim - 1,))
-        return out, hot
+        derived = self.plan.derived.get(here)
+        return out, hot, {} if derived is None else {0: Weights.derived(jaxpr, eqn, xs, weights, derived)}
 
-    def probed(self, jaxpr, eqn, xs, z, site, origins):
+    def probed(self, jaxpr, eqn, xs, z, site, weights):
         weights_vjp = None
         if site.operand >= 0:
-            base, fn = origins.get(site.operand, (xs[site.operand], lambda v: v))
-            rest, base = lax.stop_gradient(([x for k, x in enumerate(xs) if k != site.operand], base))
-            self.facts[site.path, "w"] = norm_of(base)
+            weights, rest = weights or Weights.leaf_of(xs[site.operand]), lax.stop_gradient(xs)
+            self.facts[site.path, "w"] = norm_of(weights.leaf)
 
-            def product(w):
-                operands = [*rest[: site.operand], fn(w), *rest[site.operand :]]
-                return evaluate(jaxpr, eqn, operands)[site.output]
+            def product(leaf):
+                return evaluate(jaxpr, eqn, _put(rest, [site.operand], [weights.make({weights.key: leaf})]))[site.output]
 
             if eqn.primitive.name != "while":
-                _, weights_vjp = jax.vjp(product, base)
+                _, weights_vjp = jax.vjp(product, weights.leaf)
         self.facts[site.path, "z"] = seen(z)
         z, self.state["token"] = probe(z, self.probes[site.path], self.state["token"], weights_vjp)
         return z
@@ -163,6 +177,10 @@ class _Scope(NamedTuple):
             frame.env[v] = x
         return groups, ports
 
+    def enter(self, probes, token, *frames):
+        """The scope of what an equation holds."""
+        return self._replace(probes=probes, state={"token": token}, facts={}, frames=list(frames))
+
     def own(self, here):
         """The probes of the sites within an equation."""
         return {p: x for p, x in self.probes.items() if p[: len(here)] == here}
@@ -176,8 +194,8 @@ def _checkpoint(scope: _Scope, eqn, xs, hot, here):
     static = {}
 
     def call(probes, token, xs):
-        within = _Scope(scope.plan, probes, {"token": token}, {}, [])
-        out, static["hot"] = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
+        within = scope.enter(probes, token)
+        out, static["hot"], _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
         return out, within.state["token"], within.facts
 
     options = {k: eqn.params[k] for k in ("policy", "prevent_cse") if k in eqn.params}
@@ -197,8 +215,8 @@ def _cond(scope: _Scope, eqn, xs, hot, here):
         body, consts = opened(bodies(eqn)[k])
 
         def call(probes, token, *xs):
-            within = _Scope(scope.plan, probes, {"token": token}, {}, [])
-            out, out_hot = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
+            within = scope.enter(probes, token)
+            out, out_hot, _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
             static.append(out_hot)
             return out, within.state["token"], within.facts
 
@@ -245,8 +263,8 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
         port, own, sliced = slices
         inputs = _put(_put(xs, carried, values), scanned, sliced)
         passing = _Frame(dict(zip(moved, values, strict=False)), set(moved), dict.fromkeys(moved, 1), {"eqn": 0})
-        within = _Scope(scope.plan, own, {"token": token + port}, {}, [passing])
-        out, out_hot = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
+        within = scope.enter(own, token + port, passing)
+        out, out_hot, _ = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
         static["hot"] = out_hot
         new, ys = [*passing.env.values(), *out[:num_carry]], list(out[num_carry:])
         # What leaves for the next iteration and what leaves the loop come back at exponents of their own.
@@ -267,18 +285,6 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
 
 
 _ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}
-
-
-def _origin(jaxpr, eqn, xs, origins, derived) -> dict:
-    """The outputs that are computed from a parameter leaf otherwise than by moving its entries: the leaf and the function."""
-    name = eqn.primitive.name
-    copies = name in ("broadcast_in_dim", "gather")
-    k = derived if derived is not None else 0 if (origins.get(0) or copies) else None
-    if k is None or len(eqn.outvars) != 1 or name in INLINED or (k not in origins and derived is None and not copies):
-        return {}
-    base, fn = origins.get(k, (xs[k], lambda v: v))
-    others = list(lax.stop_gradient([x for j, x in enumerate(xs) if j != k]))
-    return {eqn.outvars[0]: (base, lambda v: evaluate(jaxpr, eqn, [*others[:k], fn(v), *others[k:]])[0])}
 
 
 def _put(xs, where, values):

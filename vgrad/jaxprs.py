@@ -6,16 +6,18 @@ release, what they say is read off the shapes of its operands instead: of a scan
     operands that are scanned over have one axis more outside than inside the body;  constants and carried values have not.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.core
 import jax.numpy as jnp
+from jax import lax
 from jax.extend import core
 
 __all__ = [
-    "CHECKPOINTS", "INLINED", "LAYOUT", "PRODUCTS", "activation", "bodies", "evaluate", "is_float", "is_literal", "opened",
-    "products", "split_operands", "units",
+    "CHECKPOINTS", "INLINED", "LAYOUT", "PRODUCTS", "Weights", "activation", "bodies", "evaluate", "is_float", "is_literal",
+    "opened", "products", "split_operands", "units",
 ]  # fmt: skip
 
 INLINED = {"jit", "pjit", "closed_call", "core_call"}
@@ -102,3 +104,35 @@ def evaluate(jaxpr, eqn, xs) -> list:
     info = jaxpr.debug_info._replace(arg_names=None, result_paths=None)
     one = core.Jaxpr([], list(given), eqn.outvars, [eqn], eqn.effects, debug_info=info)
     return list(jax.core.eval_jaxpr(one, [], *given.values()))
+
+
+class Weights(NamedTuple):
+    """A value computed from parameters alone, as a function of one of them.
+
+    Attributes:
+      key: stands for the parameter.
+      leaf: its value.
+      make: computes the value again, from a memo that holds the parameter under its key and takes what is computed on the way.
+    """
+
+    key: object
+    leaf: Any
+    make: Callable[[dict], Any]
+
+    @classmethod
+    def leaf_of(cls, x) -> "Weights":
+        """A value as a parameter of its own."""
+        key, x = object(), lax.stop_gradient(x)
+        return cls(key, x, lambda memo: memo.get(key, x))
+
+    @classmethod
+    def derived(cls, jaxpr, eqn, xs, known: "dict[int, Weights]", k: int) -> "Weights":
+        """The output of an equation, as a function of the parameter behind its operand k, by all roads that lead from there."""
+        me, parts = object(), [known.get(j) or cls.leaf_of(x) for j, x in enumerate(xs)]
+
+        def make(memo):
+            if me not in memo:
+                memo[me] = evaluate(jaxpr, eqn, [p.make(memo) for p in parts])[0]
+            return memo[me]
+
+        return cls(parts[k].key, parts[k].leaf, make)

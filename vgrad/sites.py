@@ -76,7 +76,7 @@ class Plan(NamedTuple):
       sites: the sites.
       biased: equation that adds the bias -> the sites whose preactivation is then complete.
       phi: site -> (equation, its operand, name) of the activation behind it.
-      derived: equations that compute weights from a leaf other than by a change of layout -> the operand that holds the leaf.
+      derived: equations that compute something from parameters alone -> the operand that comes from the leaf to name.
       biases: the leaves that are added to a product.
       stacked: the leaves that are scanned over.
       joined: name of weights put together from several leaves -> the names of those.
@@ -146,7 +146,7 @@ class _Walk(NamedTuple):
         if bodies(eqn) and any(products(b) for b in bodies(eqn)):
             return self.opaque(eqn, flows, here)
         if name in jaxprs.LAYOUT:
-            return [self.layout(eqn, flows, v) for v in eqn.outvars]
+            return [self.layout(eqn, flows, here)] * len(eqn.outvars)
         if name in ("concatenate", "stack") and all(f.rank == 3 for f in flows):
             return [self.joined(flows)]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
@@ -224,10 +224,12 @@ class _Walk(NamedTuple):
             out = [either(f, g) for f, g in zip(out, other, strict=True)]
         return [plain(f)._replace(data=f.data or flows[0].data) for f in out]
 
-    def layout(self, eqn, flows, out):
+    def layout(self, eqn, flows, here):
         f, name = flows[0], eqn.primitive.name
         if any(g.data for g in flows[1:]) or (name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1):
             f = f._replace(rank=min(f.rank, 1), data=f.data or any(g.data for g in flows[1:]))
+        if f.deps and name not in ("slice", "dynamic_slice", "split", "unstack") and (f.rank or not f.data):
+            self.plan.derived[here] = 0
         uniform = f.uniform or math.prod(eqn.invars[0].aval.shape) == 1
         return f._replace(depth=max(g.depth for g in flows), uniform=uniform)
 
@@ -253,6 +255,8 @@ class _Walk(NamedTuple):
         ):
             self.plan.derived[here] = leaf
             both = both._replace(leaf=flows[leaf].leaf, rank=2, data=False)
+        elif both.deps and not both.data:
+            self.plan.derived[here] = next(k for k, f in enumerate(flows) if f.deps)
         tags = tuple(dict.fromkeys(t for k in same for t in flows[k].tags))
         own = False
         if tags and eqn.primitive.name == "add":
