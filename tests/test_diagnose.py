@@ -172,7 +172,7 @@ def test_value_and_gradient_stay_as_they_are():
     assert len(plan.sites) == DEPTH
 
     def probed(leaves):
-        (loss,), _, _ = run(plan, closed, leaves, [], probes_for(plan))
+        (loss,), _, _ = run(plan, closed.jaxpr, [*closed.consts, *leaves], probes_for(plan))
         return loss
 
     value, grads = jax.jit(jax.value_and_grad(probed))(leaves)
@@ -370,12 +370,28 @@ def test_nan_in_the_parameters_is_reported():
     assert "NON-FINITE" in report.verdict()
 
 
+def test_a_loss_that_looks_at_its_arguments():
+    loss = lambda p, x, n: jnp.sum(x @ p) if x[0, 0] < 1e9 else None  # noqa: E731
+    report = vgrad.diagnose(loss, jnp.eye(N), np.asarray(X), jnp.arange(3))
+    np.testing.assert_allclose(report.log_delta, 0.5 * np.log(B * N), atol=1e-6)
+    with pytest.raises(TypeError, match="cannot be traced"):
+        vgrad.diagnose(loss, jnp.eye(N), batches=[(X, 0), (X, 0)])
+
+
+def test_a_long_table_is_cut_in_the_middle(healthy):
+    lines = healthy.table(4).splitlines()
+    assert len(lines) == 2 + 4 + 1
+    assert lines[4] == "... 3 rows ..."
+    assert "layer0/w" in lines[2]
+    assert "layer6/w" in lines[-1]
+
+
 def test_figure(healthy):
     from vgrad import plots
 
     figure = plots.diagnosis(healthy)
     np.testing.assert_array_equal(figure.axes[0].lines[0].get_ydata(), healthy.log_delta)
-    assert [label.get_text() for label in figure.axes[2].get_xticklabels()] == list(healthy.site)
+    assert [label.get_text() for label in figure.axes[-1].get_xticklabels()] == list(healthy.site)
     dead = vgrad.diagnose(loss_fn, sick(w=jnp.zeros((N, N))), batches=[(X,), (2 * X,)])
     crosses = plots.diagnosis(dead).axes[0].lines[-1]
     assert list(crosses.get_xdata()) == [i for i, s in enumerate(dead.status) if s == "disconnected"]

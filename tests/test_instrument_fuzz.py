@@ -11,6 +11,7 @@ from jax import lax
 
 from vgrad.diagnose import rows_of
 from vgrad.instrument import probes_for, run
+from vgrad.jaxprs import opened
 from vgrad.sites import analyse
 
 B, N, T = 2, 3, 2
@@ -145,9 +146,10 @@ def measured(steps, params, x):
     forward = in_jax(steps)
     closed = jax.make_jaxpr(lambda leaves, x: forward(dict(zip(names, leaves, strict=True)), x))(leaves, x)
     plan = analyse(closed, names)
+    jaxpr, consts = opened(closed)
 
     def probed(probes):
-        (loss,), token, _ = run(plan, closed, leaves, [x], probes)
+        (loss,), token, _ = run(plan, jaxpr, [*consts, *leaves, x], probes)
         return loss, token
 
     (loss, token), vjp = jax.vjp(probed, probes_for(plan))

@@ -1,4 +1,5 @@
-"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad predict` and `vgrad phase` compute.
+"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad predict` and `vgrad phase` ask theory,
+`vgrad diagnose` looks at a model of yours.
 
 Options and their help come from the types and docstrings of the functions and of `vgrad.study.Config`.
 
@@ -8,6 +9,7 @@ with --resume goes on where it was: exit code 130 after Ctrl-C, 143 after SIGTER
 
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +19,8 @@ import tyro
 from vgrad import chunkstore, prediction, progress, session, store
 from vgrad import data as datasets
 from vgrad import study as studies
+from vgrad import target as targets
+from vgrad.diagnose import diagnose
 
 __all__ = ["main"]
 
@@ -170,6 +174,49 @@ def _phase(
         path = out / f"phase_{phi}.png"
         theory_plots.phase_diagram(diagram).savefig(path, dpi=130)
     print(path)
+
+
+@app.command(name="diagnose")
+def _diagnose(
+    target: tyro.conf.Positional[str], figure: Path | None = None, fail_on: tuple[targets.Problem, ...] = ()
+) -> None:
+    """Say where the gradient of a model dies, and why: a table and a verdict.
+
+    Args:
+      target: path/to/file.py:make, a function without arguments that returns (loss_fn, params, args).
+      figure: Where to draw the readings, a .png, .pdf or .svg file.
+      fail_on: What makes the command end with exit code 1, for continuous integration. A mistake ends it with 2.
+    """
+    if figure is not None:
+        store.check_writable(figure.parent)
+    try:
+        loss_fn, params, args = targets.load(target)
+        report = diagnose(loss_fn, params, *args)
+    except Exception as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if Path(frame.f_code.co_filename).parent != Path(__file__).parent:  # not raised here: a mistake in the model
+            traceback.print_exception(error)
+            sys.exit(2)
+        raise
+    print(report)
+    if figure is not None:
+        from vgrad import plots
+
+        plots.diagnosis(report).savefig(figure, dpi=130)
+        print(f"\n{figure}")
+    failed = {name: why for name, why in targets.problems(report).items() if name in fail_on}
+    for name, why in failed.items():
+        print(f"vgrad: {name}: {why}", file=sys.stderr)
+    if failed:
+        sys.exit(1)
+
+
+def _all_devices():
+    """A mesh over all devices. On CPU one virtual device per core, which beats one device with a thread per core."""
+    with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    devices = np.array(jax.devices())
+    return jax.sharding.Mesh(devices, ("cases",)) if devices.size > 1 else None
 
 
 def main(args: list[str] | None = None) -> None:

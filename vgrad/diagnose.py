@@ -30,6 +30,7 @@ import numpy as np
 
 from vgrad.diagnosis import Diagnosis, following_site
 from vgrad.instrument import probes_for, run
+from vgrad.jaxprs import opened
 from vgrad.sites import Plan, Site, analyse, tap
 
 __all__ = ["Diagnosis", "diagnose", "rows_of", "tap"]
@@ -58,7 +59,7 @@ def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batch
         raise ValueError("batches is empty, expected at least one tuple of arguments.")
     names, leaves, rebuild = _parameters(params)
     arrays, restore = _arrays(runs[0])
-    closed = _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays)
+    closed = _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays, alone=len(runs) == 1)
     plan = analyse(closed, names)
     if not plan.sites:
         raise ValueError(
@@ -66,10 +67,12 @@ def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batch
             "weights that reach a product through reshape, transpose or slice; mark other values by vgrad.tap(x, 'name')."
         )
 
+    jaxpr, consts = opened(closed)
+
     @jax.jit
-    def measure(leaves, arrays):
+    def measure(consts, leaves, arrays):  # what is closed over is an argument too: as constants, large data would be compiled in
         def probed(probes):
-            out, token, facts = run(plan, closed, leaves, arrays, probes)
+            out, token, facts = run(plan, jaxpr, [*consts, *leaves, *arrays], probes)
             return (out[0], token), facts
 
         (loss, token), vjp, facts = jax.vjp(probed, probes_for(plan), has_aux=True)
@@ -82,7 +85,7 @@ def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batch
         now, _ = _arrays(other)
         if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
             raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop the last.")
-        read.append(jax.device_get(measure(leaves, now)))
+        read.append(jax.device_get(measure(consts, leaves, now)))
     return _assemble(plan, names, leaves, read)
 
 
@@ -132,7 +135,7 @@ def _kind(x):
     return jnp.shape(x), str(x.dtype)
 
 
-def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays):
+def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays, *, alone):
     if not callable(loss_fn):
         raise TypeError(f"loss_fn is {type(loss_fn).__name__}, expected a function (params, *args) -> scalar.")
 
@@ -149,9 +152,21 @@ def _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays):
             raise ValueError(f"loss_fn returned a {jnp.result_type(out)}, expected a real float.")
         return out
 
+    untraceable = (
+        jax.errors.ConcretizationTypeError,
+        jax.errors.NonConcreteBooleanIndexError,
+        jax.errors.TracerArrayConversionError,
+        jax.errors.TracerIntegerConversionError,
+    )
     try:
-        return jax.make_jaxpr(flat)(leaves, arrays)
-    except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError) as error:
+        try:
+            return jax.make_jaxpr(flat)(leaves, arrays)
+        except untraceable:
+            if not alone:
+                raise
+            # Perhaps it looks at its arguments, which `jax.grad` lets it do, and not at its parameters.
+            return jax.make_jaxpr(lambda leaves, _: flat(leaves, arrays))(leaves, arrays)
+    except untraceable as error:
         raise TypeError(
             "loss_fn cannot be traced: it looks at the value of an array, expected jax operations only. Use jnp for np, and "
             "lax.cond, jnp.where or a static Python argument for `if`."

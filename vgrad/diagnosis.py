@@ -83,9 +83,9 @@ class Diagnosis(NamedTuple):
         """What is wrong, where, and what to try, in words."""
         return "\n".join(_verdict(self))
 
-    def table(self) -> str:
-        """The rows as text, norms in natural logarithms."""
-        return _table(self)
+    def table(self, most: int = 80) -> str:
+        """The rows as text, norms in natural logarithms. Of more than `most` rows those in the middle are left out."""
+        return _table(self, most)
 
     def to_dataframe(self) -> Any:
         """A `pandas.DataFrame`, a row per site. Needs pandas."""
@@ -267,7 +267,7 @@ def _decimal(ln):
     return f"{math.exp(ln):.2g}" if abs(ln) < 9 else f"1e{ln / math.log(10):+.0f}"
 
 
-def _table(report: Diagnosis) -> str:
+def _table(report: Diagnosis, most: int) -> str:
     head = ["depth", "site", "kind", "phi", "ln|delta|", "ln|dW|", "ln|W|", "ln rms z", "zeros", "dead", "saturated", "back"]
     head += ["status"]
     number = lambda v: "" if math.isnan(v) else f"{v:.2f}"  # noqa: E731
@@ -283,4 +283,6 @@ def _table(report: Diagnosis) -> str:
     left = {1, 2, 3, 12}
     line = lambda row: "  ".join(c.ljust(w) if k in left else c.rjust(w) for k, (c, w) in enumerate(zip(row, widths, strict=True)))  # noqa: E731
     lines = [line(row).rstrip() for row in [head, *rows]]
+    if len(rows) > most:
+        lines[1 + most // 2 : len(lines) - most // 2] = [f"... {len(rows) - most // 2 * 2} rows ..."]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])

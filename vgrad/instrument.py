@@ -3,7 +3,7 @@
 The equations of a traced function are evaluated one by one through jax's own evaluator, and at every site of a `vgrad.sites.Plan`
 the output passes a probe (see `vgrad.probes`). The result is the same function, of the same value, with one argument more,
 
-    loss(params, args)  ->  run(plan, closed, params, args, probes) = (loss, token, facts),
+    loss(params, args)  ->  run(plan, jaxpr, [params, args], probes) = (loss, token, facts),
 
 whose gradient with respect to the probes is the measurement. After every site all values in flight that depend on a site go through
 `split`, so that their cotangents arrive there at order 1: the range of the readings is that of an integer exponent, whatever the
@@ -38,17 +38,20 @@ def probes_for(plan: Plan) -> dict[Path, Array]:
     }
 
 
-def run(plan: Plan, closed, leaves: list, args: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
-    """Evaluates the traced function with its probes.
+def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
+    """Evaluates a traced function with its probes, on the values of its constants and arguments.
 
     Returns:
       (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are
       what the forward pass saw, with an axis per loop in front: (site, "z") -> [3], as of `seen`, of the preactivation; (site, "w")
       -> [2], the norm of the weights; (site, "phi") -> [2], as of `flatness`.
     """
-    jaxpr, consts = opened(closed)
-    scope = _Scope(plan, probes, {"token": zero_token()}, {}, [])
-    out, _, _ = scope.walk(jaxpr, [*consts, *leaves, *args], [False] * (len(consts) + len(leaves) + len(args)), (), {})
+    inside = frozenset(path[:k] for path in plan.sites for k in range(len(path)))
+    phi_at: dict[Path, list[Path]] = {}
+    for site, (at, _, _) in plan.phi.items():
+        phi_at.setdefault(at, []).append(site)
+    scope = _Scope(plan, inside, phi_at, probes, {"token": zero_token()}, {}, [])
+    out, _, _ = scope.walk(jaxpr, values, [False] * len(values), (), {})
     return out, scope.state["token"], scope.facts
 
 
@@ -65,9 +68,15 @@ class _Frame(NamedTuple):
 
 
 class _Scope(NamedTuple):
-    """One level of tracing: the top, or the body of a loop, a branch, a rematerialised function."""
+    """One level of tracing: the top, or the body of a loop, a branch, a rematerialised function.
+
+    `inside` are the equations with sites in them, `phi_at` those that act on a site's preactivation; probes, the token, facts and
+    frames are those of this level.
+    """
 
     plan: Plan
+    inside: frozenset[Path]
+    phi_at: dict[Path, list[Path]]
     probes: dict[Path, Array]
     state: dict
     facts: Facts
@@ -111,13 +120,12 @@ class _Scope(NamedTuple):
 
     def equation(self, jaxpr, eqn, xs, hot, here, weights):
         name = eqn.primitive.name
-        inside = any(p[: len(here)] == here and len(p) > len(here) for p in self.plan.sites)
-        reads_phi = [site for site, (at, _, _) in self.plan.phi.items() if at == here]
+        reads_phi = self.phi_at.get(here, [])
         if name in INLINED and not reads_phi:
             body, consts = opened(bodies(eqn)[0])
             num = len(consts)
             return self.walk(body, [*consts, *xs], [*[False] * num, *hot], here, {k + num: w for k, w in weights.items()})
-        if inside and name in _ENTER:
+        if here in self.inside and name in _ENTER:
             return (*_ENTER[name](self, eqn, xs, hot, here), {})
         if name == "while":  # has no transpose: a loss that depends on it differentiably has no gradient either
             xs = lax.stop_gradient(xs)
@@ -169,6 +177,10 @@ class _Scope(NamedTuple):
             frame.env[v] = x
         return groups, ports
 
+    def enter(self, probes, token, *frames):
+        """The scope of what an equation holds."""
+        return self._replace(probes=probes, state={"token": token}, facts={}, frames=list(frames))
+
     def own(self, here):
         """The probes of the sites within an equation."""
         return {p: x for p, x in self.probes.items() if p[: len(here)] == here}
@@ -182,7 +194,7 @@ def _checkpoint(scope: _Scope, eqn, xs, hot, here):
     static = {}
 
     def call(probes, token, xs):
-        within = _Scope(scope.plan, probes, {"token": token}, {}, [])
+        within = scope.enter(probes, token)
         out, static["hot"], _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot], here, {})
         return out, within.state["token"], within.facts
 
@@ -203,7 +215,7 @@ def _cond(scope: _Scope, eqn, xs, hot, here):
         body, consts = opened(bodies(eqn)[k])
 
         def call(probes, token, *xs):
-            within = _Scope(scope.plan, probes, {"token": token}, {}, [])
+            within = scope.enter(probes, token)
             out, out_hot, _ = within.walk(body, [*consts, *xs], [*[False] * len(consts), *hot[1:]], (*here, k), {})
             static.append(out_hot)
             return out, within.state["token"], within.facts
@@ -251,7 +263,7 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
         port, own, sliced = slices
         inputs = _put(_put(xs, carried, values), scanned, sliced)
         passing = _Frame(dict(zip(moved, values, strict=False)), set(moved), dict.fromkeys(moved, 1), {"eqn": 0})
-        within = _Scope(scope.plan, own, {"token": token + port}, {}, [passing])
+        within = scope.enter(own, token + port, passing)
         out, out_hot, _ = within.walk(body, [*consts, *inputs], [*[False] * len(consts), *body_hot], here, {})
         static["hot"] = out_hot
         new, ys = [*passing.env.values(), *out[:num_carry]], list(out[num_carry:])

@@ -91,23 +91,24 @@ def attribution(dataset) -> Figure:
 
 
 def diagnosis(report) -> Figure:
-    """A `vgrad.Diagnosis` over its sites in execution order: the backward signal, the forward signal, and units that are flat.
+    """A `vgrad.Diagnosis` over its sites in execution order: the backward signal, the gains, the forward signal, and flat units.
 
-    Bands are standard deviations over batches. A cross on the lower edge is a site without a finite reading of delta.
+    A gain is the change from a site to the next deeper one; of delta, on the way back. Bands are standard deviations over batches.
+    A cross on the lower edge is a site without a finite reading of delta.
     """
     num = len(report.site)
     labelled = num <= 48
-    figure = Figure(figsize=(max(6.5, min(0.26 * num, 12) + 1.6), 7.6), layout="constrained")
-    axes: Any = figure.subplots(3, 1, sharex=True, height_ratios=[3, 2, 1.3])
+    figure = Figure(figsize=(max(7.0, min(0.26 * num, 12) + 2.2), 9.2), layout="constrained")
+    axes: Any = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1.8, 2, 1.3])
     row = np.arange(num)
     lines = [
         (0, "log_delta", r"$\ln\,\|\delta\|$", "#3b6fb6", "-", "o"),
         (0, "log_grad_w", r"$\ln\,\|\partial J/\partial W\|$", "#b5651d", "--", "s"),
-        (1, "log_rms_z", r"$\ln\,\mathrm{rms}\,z$", "#3b6fb6", "-", "o"),
-        (1, "log_w", r"$\ln\,\|W\|$", "#b5651d", "--", "s"),
-        (2, "dead_fraction", "dead units", "black", "-", "X"),
-        (2, "saturated_fraction", "saturated entries", "#f2b134", "--", "D"),
-        (2, "zero_fraction", r"zeros in $\delta$", "0.5", ":", "v"),
+        (2, "log_rms_z", r"$\ln\,\mathrm{rms}\,z$", "#3b6fb6", "-", "o"),
+        (2, "log_w", r"$\ln\,\|W\|$", "#b5651d", "--", "s"),
+        (3, "dead_fraction", "dead units", "black", "-", "X"),
+        (3, "saturated_fraction", "saturated entries", "#f2b134", "--", "D"),
+        (3, "zero_fraction", r"zeros in $\delta$", "0.5", ":", "v"),
     ]
     for at, field, label, colour, style, marker in lines:
         value = _finite(getattr(report, field))
@@ -116,18 +117,23 @@ def diagnosis(report) -> Figure:
         if field in report.spread:
             spread = _finite(report.spread[field])
             axes[at].fill_between(row, value - spread, value + spread, color=colour, alpha=0.25, linewidth=0)
+    hatched = dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)
+    gains = ("log_gain_backward", r"of $\delta$, back", -0.2, dict(color="#3b6fb6")), ("log_gain_forward", r"of $z$", 0.2, hatched)
+    for field, label, shift, look in gains:
+        axes[1].bar(row + shift, np.nan_to_num(_finite(getattr(report, field))), width=0.4, label=label, **look)
+    axes[1].axhline(0, color="0.3", linewidth=0.6)
     lost = [i for i, v in enumerate(report.log_delta) if not np.isfinite(v)]
     if lost:
         edge = axes[0].get_xaxis_transform()
         axes[0].plot(lost, [0.02] * len(lost), "x", color="black", transform=edge, label="no finite reading", clip_on=False)
-    for ax, ylabel in zip(axes, ("backward, nats", "forward, nats", "fraction"), strict=True):
+    for ax, ylabel in zip(axes, ("backward, nats", "gain, nats a step", "forward, nats", "fraction"), strict=True):
         ax.set_ylabel(ylabel)
         ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
         ax.grid(axis="x", color="0.92")
-    axes[2].set(ylim=(-0.05, 1.05), xlabel="" if labelled else "site, in execution order (input first)")
+    axes[3].set(ylim=(-0.05, 1.05), xlabel="" if labelled else "site, in execution order (input first)")
     if labelled:
         names = [name if len(name) <= 34 else "..." + name[-31:] for name in report.site]
-        axes[2].set_xticks(row, names, rotation=90, fontsize=7)
+        axes[3].set_xticks(row, names, rotation=90, fontsize=7)
     figure.suptitle("The gradient at every site, input on the left")
     return figure
 
