@@ -1,4 +1,4 @@
-"""The command line: `vgrad study` measures, `vgrad plot` draws again what was measured, `vgrad predict` and `vgrad phase` ask theory,
+"""The command line: `vgrad study` measures and `vgrad plot` draws it again, `vgrad predict` and `vgrad phase` ask theory, and
 `vgrad diagnose` looks at a model of yours.
 
 Options and their help come from the types and docstrings of the functions and of `vgrad.study.Config`.
@@ -142,8 +142,9 @@ def _predict(
     x, t = source.batch(batch, 0)
     loss = "cross_entropy" if t.ndim == 1 else "squared_error"
     with jax.enable_x64(True):  # critical points and depth scales near them want more than six digits
-        sigmas = dict(sigma_w=sigma_w, sigma_b=sigma_b)
-        predicted = prediction.predict(phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, **sigmas)
+        predicted = prediction.predict(
+            phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, sigma_w=sigma_w, sigma_b=sigma_b
+        )
         outlook = verdicts.outlook(phi, sigma_w, sigma_b)
     print(f"By theory, for {batch} samples of {source.name}; q: variance of the preactivations, c: correlation of two inputs.\n")
     print(verdicts.profile_table(predicted), verdicts.summary(outlook, predicted), verdicts.advice(outlook), sep="\n\n")
@@ -209,14 +210,6 @@ def _diagnose(
         print(f"vgrad: {name}: {why}", file=sys.stderr)
     if failed:
         sys.exit(1)
-
-
-def _all_devices():
-    """A mesh over all devices. On CPU one virtual device per core, which beats one device with a thread per core."""
-    with contextlib.suppress(RuntimeError):  # jax is already running, in the caller's configuration
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-    devices = np.array(jax.devices())
-    return jax.sharding.Mesh(devices, ("cases",)) if devices.size > 1 else None
 
 
 def main(args: list[str] | None = None) -> None:

@@ -38,7 +38,7 @@ def predicted(config: Any, source: Any, schemes: Mapping[str, Any]) -> dict[str,
         which = [j for j, s in enumerate(schemes[phi]) if s.weights in nested.ZERO_MEAN]
         if not which:
             return which, ()
-        sigmas = dict(sigma_w=np.array([schemes[phi][j].sigma_w for j in which]), sigma_b=config.sigma_b)
+        sigmas: dict[str, Any] = dict(sigma_w=np.array([schemes[phi][j].sigma_w for j in which]), sigma_b=config.sigma_b)
         return which, jax.device_get(nested.predict_depths(phi, (x, t), **options, **sigmas))
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of it is compilation, which takes one core each
