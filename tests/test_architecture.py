@@ -27,8 +27,8 @@ LEVELS = [
         {"summary", "testing", "repair"},
     ],
     [
-        {"data", "store", "plots", "theory_plots", "target", "chunks", "cost", "study_table"}, {"chunkstore", "progress", "task"}, {"study"},
-        {"verdicts"}, {"cli"},
+        {"data", "store", "plots", "theory_plots", "target", "chunks", "cost", "study_table"},
+        {"chunkstore", "progress", "task"}, {"study"}, {"verdicts"}, {"cli"},
     ],
 ]
 THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
