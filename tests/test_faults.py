@@ -7,7 +7,9 @@ import resource
 import signal
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -205,16 +207,20 @@ def test_times_of_files_mean_nothing(tmp_path, whole, measured):
     assert len(measured) == NUM_CHUNKS
 
 
-def test_a_full_disk_is_a_clear_error_and_the_store_stays_valid(tmp_path, whole, measured):
-    """A limit on the size of a file stands for the disk: the write fails half way, as there."""
-    before = half_done(tmp_path)
+@pytest.fixture
+def small_files():
+    """Limits the size of a file: it stands for a full disk, a write fails half way as there."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (before[0].stat().st_size // 2, hard))
-    try:
-        with pytest.raises(OSError, match=r"cannot write .*npz: File too large. Nothing finished is lost") as failed:
-            run(tmp_path, resume=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    yield lambda size=soft: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_is_a_clear_error_and_the_store_stays_valid(tmp_path, whole, measured, small_files):
+    before = half_done(tmp_path)
+    small_files(before[0].stat().st_size // 2)
+    with pytest.raises(OSError, match=r"cannot write .*npz: File too large. Nothing finished is lost") as failed:
+        run(tmp_path, resume=True)
+    small_files()
     assert failed.value.errno == errno.EFBIG
     assert sorted(tmp_path.glob("*.npz")) == before
     assert not list(tmp_path.glob(".*.tmp"))
@@ -223,24 +229,28 @@ def test_a_full_disk_is_a_clear_error_and_the_store_stays_valid(tmp_path, whole,
     assert len(measured) == NUM_CHUNKS - len(before)
 
 
-def test_a_read_only_folder_is_an_error_before_anything_is_measured(tmp_path, measured, capsys):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    for above in tmp_path.parents[:3]:
-        above.chmod(0o755)
-    folder.chmod(0o555)
+@pytest.fixture
+def read_only():
+    """A folder that anybody may read; those of pytest are closed to other users."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        yield Path(folder)
+        os.chmod(folder, 0o755)
+
+
+def test_a_read_only_folder_is_an_error_before_anything_is_measured(read_only, measured, capsys):
     user = os.geteuid()
     if user == 0:  # whom no permission stops
         os.seteuid(65534)
     try:
         with pytest.raises(SystemExit) as stopped:
-            cli.main(["study", "--no-cache", "--out", str(folder)])
+            cli.main(["study", "--no-cache", "--out", str(read_only)])
         with pytest.raises(PermissionError):
-            run(folder)
+            run(read_only)
     finally:
         os.seteuid(user)
     assert stopped.value.code == 2
-    assert f"cannot write to {folder}: Permission denied" in capsys.readouterr().err
+    assert f"cannot write to {read_only}: Permission denied" in capsys.readouterr().err
     assert not measured
     assert plots.FIGURES  # imported before the user was changed: it, too, writes files
 
@@ -249,6 +259,7 @@ def test_a_read_only_folder_is_an_error_before_anything_is_measured(tmp_path, me
 
 HOLD = """
 import sys
+import tempfile
 from vgrad.chunkstore import Store
 with Store(sys.argv[1]):
     print("held", flush=True)
@@ -298,6 +309,17 @@ def test_ctrl_c_in_a_distributed_run_is_no_success(times, tmp_path, capsys, monk
     assert stopped.value.code == 130
     assert "the same command with --resume goes on" in "".join(capsys.readouterr())
     assert len(list(tmp_path.glob("study.chunks/*.npz"))) == 2 - times
+
+
+def test_processes_that_cannot_meet_are_told_what_to_give(tmp_path, capsys, monkeypatch):
+    def nowhere(*_):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", nowhere)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["study", *OPTIONS.split(), "--distributed", "--out", str(tmp_path)])
+    assert stopped.value.code == 2
+    assert "give --coordinator host:port, --num-processes and --process-id" in capsys.readouterr().err
 
 
 def test_a_study_that_never_began_leaves_nothing(tmp_path):
@@ -409,9 +431,11 @@ def test_threads_are_an_executor_and_a_mesh_is_none_of_its_business(tmp_path, wh
 
 
 def test_a_large_study_is_gathered_on_the_disk(tmp_path, whole, monkeypatch):
-    made = []
-    monkeypatch.setattr(np, "prod", lambda *a, **k: made.append(1) or 2.0**30 / 8)
-    dataset = run(tmp_path)
-    assert made
+    monkeypatch.setattr(np, "prod", lambda *a, **k: 2.0**27)  # numbers of eight bytes
+    with monkeypatch.context() as full:
+        full.setattr(os, "posix_fallocate", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(OSError, match=r"cannot gather the results in .*: No space left on device. Nothing finished is lost"):
+            run(tmp_path)
+    dataset = run(tmp_path, resume=True)
     assert isinstance(dataset.log_delta.values.base.base, np.memmap) or isinstance(dataset.log_delta.values.base, np.memmap)
     same(dataset, whole)

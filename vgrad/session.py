@@ -24,7 +24,12 @@ def roll_call(coordinator, num_processes, process_id):
     Whoever stays joined to jax's coordinator is aborted when another process dies, and at once when the coordinator does or is the
     first to finish. Chunks need nothing of each other, so nobody stays.
     """
-    jax.distributed.initialize(coordinator, num_processes, process_id)
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except ValueError as error:
+        raise ValueError(
+            f"--distributed does not know where to meet ({error}): give --coordinator host:port, --num-processes and --process-id."
+        ) from error
     member = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()
     return member
