@@ -85,7 +85,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
 @jax.custom_jvp
 def _density_ratio(y, q, mean):
     """The density at the nodes as a function of q and mean over what it is at their values: 1, with derivatives of all orders."""
-    return jnp.ones_like(y)
+    return jnp.ones_like(y) + 0 * (q + mean)  # vmap must see that it depends on them, or its derivative loses an axis
 
 
 @_density_ratio.defjvp
@@ -95,7 +95,8 @@ def _(primals, tangents):
     inverse = lax.rsqrt(_positive(q))
     y = (lax.stop_gradient(1 / inverse) * y + lax.stop_gradient(mean) - mean) * inverse  # of the same z, whatever q and mean do
     growth = 0.5 * (jnp.square(y) - 1) * jnp.square(inverse) * dq + y * inverse * dmean
-    return jnp.ones_like(y), _density_ratio(*primals) * growth
+    ratio = _density_ratio(*primals)
+    return ratio, ratio * growth
 
 
 def expect_pair(f1: Callable, f2: Callable, q1, q2, c, *, breakpoints: tuple = (), oscillates: bool = False) -> Array:
