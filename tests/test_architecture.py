@@ -25,7 +25,8 @@ LEVELS = [
     [{"diagnose", "monitor", "testing", "repair"}],
     [{"data", "store", "plots", "theory_plots", "overlay"}, {"study"}, {"verdicts"}, {"cli"}],
 ]
-THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"} | {"nested"}
+THEORY = {"moments", "criticality", "meanfield", "freeprob", "finite_width", "kernels", "readout", "scatter", "prediction"}
+THEORY |= {"nested"}
 MEASUREMENT = {"backprop", "profile", "jacobian", "sweep"}
 EDGE = {"study", "store", "plots", "theory_plots", "overlay", "verdicts", "cli", "data"}
 ENTRY = {"__init__", "__main__"}  # these tie the package together

@@ -2,8 +2,8 @@
 
     predicted_log_delta, predicted_log_grad_w, predicted_log_grad_b, predicted_log_h    [phi, init, depth, layer]
 
-are ln(E ||.||^2) / 2 at infinite width. The measured curves are medians over seeds, of the typical network: they lie below theory by
-O(L / N), which is the finite width itself.
+are ln(E ||.||^2) / 2 at infinite width. The measured curves are medians over seeds, of the typical network: they differ from theory
+by O(L / N), which is the finite width itself.
 """
 
 import concurrent.futures

@@ -79,7 +79,7 @@ def summary(o: Outlook, prediction: Any) -> str:
     if _is_critical(deep.chi_1):
         return "\n".join([*lines, "Two inputs grow alike only as a power of depth: no depth scale limits training."])
     if deep.q_star == 0:
-        return "\n".join([*lines, "Differences of inputs die out with the signal: a few depth scales on, nothing is left of either."])
+        return "\n".join([*lines, "Differences of inputs die out with the signal: after some depth scales both are gone."])
     fate = "grow alike, c* = 1," if deep.c_star == 1 else f"come to a correlation of c* = {deep.c_star:.4g}"
     limit = f"trainable to a depth of about 6 xi_c = {TRAINABLE * deep.xi_c:.0f}"
     lines += [f"Two inputs {fate} with a depth scale of xi_c = {_layers(deep.xi_c)}: {limit}."]
