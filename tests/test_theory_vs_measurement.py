@@ -110,8 +110,8 @@ def finite_width(loss, case, predicted, measured):
         # (twice that for erf, whose exponent is the square of z).
         exponent = abs(predicted.log_delta - predicted.log_delta[-1]) * (2 if PHIS[case["phi"]] == "erf" else 1)
         term = term + 0.1 + np.where(exponent > 8, exponent, 0) / np.sqrt(WIDTH)
-    # Where seeds scatter by a factor e and more (sin: chaos in the shared mean), neither a few of them nor a few draws know the mean
-    # square, which lies above the mean by the variance of a normal logarithm, more for a heavier tail.
+    # Where seeds scatter by a factor e and more (sin: chaos in the shared mean), neither a few of them nor a few draws know the
+    # mean square, which lies above the mean by the variance of a normal logarithm, and by more for a heavier tail.
     spread = np.std(measured[0], axis=0, ddof=1)
     return term + np.where(spread > 1, 1.5 * spread**2, 0)
 

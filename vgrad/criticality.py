@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from vgrad.base import Array
-from vgrad.moments import AnyPhi, Real, all_roots, checked, length_slope, root, second_moment, slope_moment, table
+from vgrad.moments import AnyPhi, Real, all_roots, checked, compiled, length_slope, root, second_moment, slope_moment, table
 
 __all__ = ["CriticalPoints", "Universality", "critical_line", "critical_points", "critical_sigma_w", "gain", "universality"]
 
@@ -58,6 +58,7 @@ class Universality(NamedTuple):
     rate: float
 
 
+@compiled
 def critical_line(phi: AnyPhi, q) -> CriticalPoints:
     """The point of the critical line at length q: sigma_w^2 = 1 / E phi'^2, sigma_b^2 = q - sigma_w^2 E phi^2. Fields of shape [].
 
@@ -73,6 +74,7 @@ def critical_line(phi: AnyPhi, q) -> CriticalPoints:
     return CriticalPoints(*(jnp.where(real, v, jnp.nan) for v in found))
 
 
+@compiled
 def critical_points(phi: AnyPhi, sigma_b: Real = 0.0, *, num: int = 4) -> CriticalPoints:
     """All solutions of chi_1 = 1 at a given sigma_b in the order of their length; fields of shape [num], NaN where there are fewer.
 
@@ -94,6 +96,7 @@ def critical_points(phi: AnyPhi, sigma_b: Real = 0.0, *, num: int = 4) -> Critic
     return found._replace(sigma_b=jnp.where(jnp.isnan(found.q), jnp.nan, sigma_b))
 
 
+@compiled
 def critical_sigma_w(phi: AnyPhi, sigma_b: Real = 0.0) -> Array:
     """The sigma_w at which chi_1 = 1, for a given sigma_b. Shape []; NaN where there is none.
 
@@ -112,26 +115,18 @@ def universality(phi: AnyPhi) -> Universality:
     `jit`. In float64 good to ten digits.
     """
     dtype = jnp.result_type(float)
-    small = float(jnp.finfo(dtype).eps) ** (1 / 3)
-
-    def slope(q):  # chi_par - 1 along the critical line, which need not be real there
-        return length_slope(phi, q) / slope_moment(phi, q) - 1
-
-    def excess(q):  # relative, at sigma_b = 0 and the critical sigma_w of vanishing signals
-        return float(1 - second_moment(phi, q) / (q * slope_moment(phi, jnp.zeros_like(q))))
+    small, seen = float(jnp.finfo(dtype).eps) ** (1 / 3), _survey(phi)
 
     def point(kind, q, power=math.nan, rate=math.nan):
         found = critical_line(phi, q)
         sigma_w, sigma_b, chi_par = (float(v) for v in (found.sigma_w, found.sigma_b, found.chi_par))
         return Universality(kind, sigma_w, sigma_b, float(q), chi_par, power, rate)
 
-    lengths, values = table(lambda q: q - second_moment(phi, q) / slope_moment(phi, q), dtype)
+    lengths, values, slopes = seen.lengths, seen.values, seen.slopes
     if bool(jnp.all(jnp.abs(values) <= 4096 * jnp.finfo(dtype).eps * lengths)):
         return point("scale-invariant", jnp.ones((), dtype))
-    slopes = jax.vmap(slope)(lengths)
-    starts_at_zero = float(second_moment(phi, jnp.zeros((), dtype))) == 0
-    if starts_at_zero and float(slope(jnp.asarray(small, dtype))) < 8 * small**2:
-        near, far = (excess(jnp.asarray(q, dtype)) for q in (small, 4 * small))
+    if float(seen.at_zero) == 0 and float(seen.slope) < 8 * small**2:
+        near, far = (float(e) for e in seen.excess)
         if min(near, far) < 8 * small**2:
             return point("K*=0", jnp.zeros((), dtype), math.inf)
         power = math.log(far / near) / math.log(4)
@@ -139,13 +134,43 @@ def universality(phi: AnyPhi) -> Universality:
     real = (values >= 0) & jnp.isfinite(slopes) & (lengths >= small)
     falls = jnp.nonzero(real[:-1] & real[1:] & (slopes[:-1] > 0) & (slopes[1:] <= 0))[0]
     if falls.size:
-        return point("half-stable", root(slope, lengths[falls[0]], lengths[falls[0] + 1]))
+        return point("half-stable", _half_stable(phi, q=lengths[falls[0]], q_0=lengths[falls[0] + 1]))
     if not bool(real.any()):
         return Universality("none", *(math.nan,) * 6)
     return point("none", lengths[jnp.argmin(jnp.where(real, jnp.abs(slopes), jnp.inf))])
 
 
-def gain(phi: AnyPhi, mode: str = "forward", *, q=1.0) -> Array:
+class _Survey(NamedTuple):
+    lengths: Array
+    values: Array  # sigma_b^2 along the critical line
+    slopes: Array  # chi_par - 1 there
+    at_zero: Array  # phi(0)^2
+    slope: Array  # chi_par - 1 at a small length
+    excess: Array  # 1 - q_map(q) / q at two small lengths, sigma_b = 0 and the sigma_w that is critical for vanishing signals
+
+
+@compiled
+def _survey(phi):
+    dtype = jnp.result_type(float)
+    small, zero = jnp.asarray(float(jnp.finfo(dtype).eps) ** (1 / 3), dtype), jnp.zeros((), dtype)
+    lengths, values = table(lambda q: q - second_moment(phi, q) / slope_moment(phi, q), dtype)
+    excess = [1 - second_moment(phi, q) / (q * slope_moment(phi, zero)) for q in (small, 4 * small)]
+    slopes = jax.vmap(partial(_slope, phi))(jnp.concatenate([lengths, small[None]]))
+    return _Survey(lengths, values, slopes[:-1], second_moment(phi, zero), slopes[-1], jnp.stack(excess))
+
+
+@compiled
+def _half_stable(phi, *, q, q_0):
+    """Where chi_par is 1 on the critical line between two lengths."""
+    return root(partial(_slope, phi), q, q_0)
+
+
+def _slope(phi, q):
+    """chi_par - 1 along the critical line, which need not be real there."""
+    return length_slope(phi, q) / slope_moment(phi, q) - 1
+
+
+def gain(phi: AnyPhi, mode: str = "forward", *, q: Real = 1.0) -> Array:
     """The sigma_w that preserves one second moment at preactivations of variance q. Shape [].
 
     "forward": E h^2 = 1 / sigma_w^2, so that the variance is 1 again after the next weights, sigma_w = 1 / sqrt(E phi^2) at q = 1.
@@ -154,5 +179,10 @@ def gain(phi: AnyPhi, mode: str = "forward", *, q=1.0) -> Array:
     """
     if mode not in ("forward", "backward"):
         raise ValueError(f"mode is {mode!r}, expected 'forward' or 'backward'.")
+    return _gains(phi, q=q)[("forward", "backward").index(mode)]
+
+
+@compiled
+def _gains(phi, *, q):
     (q,) = checked(q)
-    return jnp.sqrt(q / second_moment(phi, q)) if mode == "forward" else lax.rsqrt(slope_moment(phi, q))
+    return jnp.sqrt(q / second_moment(phi, q)), lax.rsqrt(slope_moment(phi, q))

@@ -45,8 +45,7 @@ def _trapezoid(step):
 
 
 _LEFT, _RIGHT, _WEIGHT = _trapezoid(0.17)
-_EVEN = np.linspace(-_REACH, _REACH, 2**14)
-NUM_TERMS = 192
+_EVEN, NUM_TERMS = np.linspace(-_REACH, _REACH, 2**14), 192
 
 
 def rule_options(phi: str | Phi | activations.Activation) -> dict[str, Any]:
@@ -70,8 +69,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
       declared cost about 1e-3. NaN where f grows so fast that |z| > 9.5 sqrt(q) matters, exp(z^2) for instance, where f itself is
       NaN, or for a negative q. Derivatives in q and mean are those of the density, so f may have jumps.
     """
-    at_zero = isinstance(mean, float) and mean == 0  # then y = 0 and z = 0 are one cut
-    q, mean = _floats(q, mean)
+    at_zero, (q, mean) = isinstance(mean, float) and mean == 0, _floats(q, mean)  # then y = 0 and z = 0 are one cut
     side = float(jnp.finfo(q.dtype).tiny) ** 0.75  # at q = 0 both sides of the mean are seen still, and its square is 0
     std, centre = jnp.maximum(jnp.sqrt(lax.stop_gradient(q)), side), lax.stop_gradient(mean)
     cuts = [b for b in breakpoints if not isinstance(b, float) or b] if at_zero else [0.0, *breakpoints]
@@ -81,7 +79,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
     far, edge = jnp.abs(values[..., jnp.array([0, -1])]).max(-1), jnp.abs(centre) + _REACH * std
     # Heavy beyond the reach, and steeper than any polynomial one meets: the tail may well be all there is of a tame f.
     heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log1p(jnp.square(edge)))
-    return jnp.where(heavy | ~jnp.isfinite(total) | (q < 0), jnp.nan, total)
+    return jnp.where(heavy | ~jnp.isfinite(total) | ~(q >= 0) | jnp.isnan(mean), jnp.nan, total)
 
 
 @jax.custom_jvp
@@ -185,7 +183,7 @@ def _tail(smooth, facts, q, mean, mean_given, values, slopes):
 
 
 def coefficients(f: Callable, q, *, num: int = NUM_TERMS) -> Array:
-    """E[f(sqrt(q) y) He_k(y)] / sqrt(k!), k < num <= 192, of f from [n] to [..., n]: good to 1e-3 if f jumps, but at zero. [..., num]"""
+    """E[f(sqrt(q) y) He_k(y)] / sqrt(k!) [..., num], num <= 192, of f from [n] to [..., n]. Jumps of f, but at 0, cost digits."""
     (q,) = _floats(q)
     y, weight = (jnp.asarray(a, q.dtype) for a in _HERMITE_NODES)
     values = f(jnp.sqrt(_positive(q)) * y)
@@ -207,10 +205,10 @@ def correlator(a: Series, b: Series) -> Callable[[Any], tuple[Array, Array]]:
     def at(c):
         c = jnp.clip(c, -1, 1)
         (value, slope), _ = lax.scan(lambda total, x: (total * c + x, None), 0 * coefficients[0] * c, coefficients, unroll=16)
-        size = jnp.maximum(jnp.abs(c), 0.5)  # nothing of a power of 192 and more is left below
+        size, sign = jnp.maximum(jnp.abs(c), 0.5), jnp.where(c < 0, -1.0, 1.0)  # below a half nothing is left of such powers
         power = 0.5 * (a.tail[1] + b.tail[1])
-        term = a.tail[0] * b.tail[0] * jnp.stack([jnp.ones_like(c), jnp.sign(c)]) * jnp.exp(power * jnp.log(size))
-        value, slope = value + jnp.sum(term), slope + jnp.sum(power * term) / (jnp.sign(c) * size * a.std * b.std)
+        term = a.tail[0] * b.tail[0] * jnp.stack([jnp.ones_like(sign), sign]) * jnp.exp(power * jnp.log(size))
+        value, slope = value + jnp.sum(term), slope + jnp.sum(power * term) / (sign * size * a.std * b.std)
         if not jumps.size:
             return value, slope
         s = jnp.sqrt(_positive((1 - c) * (1 + c)))
@@ -232,7 +230,7 @@ def _positive(q):
 
 
 def _density(y):
-    return jnp.exp(-0.5 * jnp.square(y)) / np.sqrt(2 * np.pi)
+    return jnp.exp(-0.5 * jnp.square(y)) / math.sqrt(2 * math.pi)
 
 
 def _nodes(cuts, oscillates, dtype):

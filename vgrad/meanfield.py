@@ -11,8 +11,8 @@ back ||delta||^2 is multiplied at every layer by
     chi_1 = sigma_w^2 E phi'(u)^2:
 
 below 1 gradients vanish ("ordered": all inputs come to look alike), above 1 they explode ("chaotic": c_star < 1), and at 1
-("critical") both are kept. All functions are pure and scalar: vmap them over sigma_w and sigma_b, differentiate them, compile
-them. What does not exist is NaN. Use float64 for more than six digits.
+("critical") both are kept. All functions are pure and scalar: vmap them over sigma_w and sigma_b, differentiate them. What does
+not exist is NaN. Use float64 for more than six digits.
 
 Poole et al., 2016 (arXiv:1606.05340); Schoenholz et al., 2017 (arXiv:1611.01232).
 
@@ -46,6 +46,7 @@ from vgrad.moments import (
     Real,
     all_roots,
     checked,
+    compiled,
     divide,
     length_slope,
     residual,
@@ -106,6 +107,7 @@ class Asymptotics(NamedTuple):
     xi_grad: Array
 
 
+@compiled
 def q_map(phi: AnyPhi, q, *, sigma_w: Real, sigma_b: Real = 0.0) -> Array:
     """Variance of the preactivations of one layer from that of the layer below: sigma_w^2 E phi(sqrt(q) g)^2 + sigma_b^2.
 
@@ -119,6 +121,7 @@ def q_map(phi: AnyPhi, q, *, sigma_w: Real, sigma_b: Real = 0.0) -> Array:
     return sigma_w**2 * second_moment(phi, q) + sigma_b**2
 
 
+@compiled
 def c_map(phi: AnyPhi, c, q, *, sigma_w: Real, sigma_b: Real = 0.0) -> Array:
     """Correlation of two inputs after one layer, from their correlation c before it; both have variance q. Shape [].
 
@@ -131,6 +134,7 @@ def c_map(phi: AnyPhi, c, q, *, sigma_w: Real, sigma_b: Real = 0.0) -> Array:
     return jnp.where(jnp.asarray(c) == 1, 1.0, mapped)
 
 
+@compiled
 def fixed_points(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, num: int = 4) -> FixedPoints:
     """All fixed points of the length map between 0 and 1e12, stable or not; the first `num` of them. Arguments as for `q_map`.
 
@@ -143,6 +147,7 @@ def fixed_points(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, num: int = 
     return _describe(phi, excess, roots, sigma_w)
 
 
+@compiled
 def q_star(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q_0: Real = 1.0) -> Array:
     """The length at which the layers of a deep network settle, coming from q_0. Shape []; arguments as for `q_map`.
 
@@ -165,6 +170,7 @@ def q_star(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q_0: Real = 1.0) 
     return jnp.where(neutral, q_0, jnp.where(good, q, jnp.nan))
 
 
+@compiled
 def c_star(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array:
     """The correlation at which two different inputs settle, at length q (default: q_star). Shape []; arguments as for `q_map`.
 
@@ -194,6 +200,7 @@ def c_star(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array:
     return jnp.where(ordered, 1.0, jnp.where(jnp.abs(excess(c)) < tolerance(c), c, jnp.nan))
 
 
+@compiled
 def chi(phi: AnyPhi, c, q, *, sigma_w: Real) -> Array:
     """sigma_w^2 E phi'(u1) phi'(u2): the slope of the correlation map at a fixed length q, at correlation c. Shape []."""
     sigma_w, q = checked(sigma_w, q)
@@ -202,6 +209,7 @@ def chi(phi: AnyPhi, c, q, *, sigma_w: Real) -> Array:
     return jnp.where(jnp.asarray(c) == 1, sigma_w**2 * slope_moment(phi, q), inside)
 
 
+@compiled
 def chi_1(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array:
     """Growth of the mean squared gradient per layer toward the input, sigma_w^2 E phi'(sqrt(q) g)^2, at length q (default: q_star).
 
@@ -216,6 +224,7 @@ def chi_1(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array:
     return sigma_w**2 * slope_moment(phi, q)
 
 
+@compiled
 def chi_par(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array:
     """Slope of the length map, d q_map / dq, at length q (default: q_star). Shape []; NaN where q_star is.
 
@@ -227,6 +236,7 @@ def chi_par(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0, q=None) -> Array
     return sigma_w**2 * length_slope(phi, q)
 
 
+@compiled
 def asymptotics(phi: AnyPhi, *, sigma_w: Real, sigma_b: Real = 0.0) -> Asymptotics:
     """Everything about the deep layers of a network at once, the fixed points found once. Arguments as for `q_map`."""
     sigma_w, sigma_b = checked(sigma_w, sigma_b)

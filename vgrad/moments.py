@@ -5,6 +5,8 @@ a starting value; it is then refined by Newton's method inside its bracket, and 
 does not depend on what one sweeps: under `vmap` over sigma_w and sigma_b it is computed once.
 """
 
+import functools
+import inspect
 from functools import partial
 
 import jax
@@ -17,8 +19,8 @@ from vgrad.base import Array, Phi
 from vgrad.initializers import check_sigma
 
 __all__ = [
-    "AnyPhi", "Real", "all_roots", "checked", "divide", "length_slope", "residual", "root", "second_moment", "slope_moment",
-    "table", "tolerance",
+    "AnyPhi", "Real", "all_roots", "checked", "compiled", "divide", "length_slope", "residual", "root", "second_moment",
+    "slope_moment", "table", "tolerance",
 ]  # fmt: skip
 
 AnyPhi = str | Phi | activations.Activation
@@ -27,11 +29,27 @@ _LENGTHS = np.concatenate([[0.0], np.geomspace(1e-14, 1e12, 261)])  # zero, then
 
 
 def checked(*numbers):
-    """The numbers as arrays of one float dtype; raises for what cannot be a std or a variance."""
-    for n in numbers:
-        check_sigma("a sigma or a variance", n)
+    """The numbers as arrays of one float dtype."""
     dtype = jnp.result_type(float, *(n for n in numbers if isinstance(n, jax.Array) and jnp.issubdtype(n.dtype, jnp.floating)))
     return [jnp.asarray(n, dtype) for n in numbers]
+
+
+def compiled(fn):
+    """`fn(phi, ...)` as one program for each activation, after a look at its numbers: its steps one by one take seconds to start.
+
+    This is what lets a single answer come in a millisecond. Inside a program of the caller's it changes nothing.
+    """
+    signature = inspect.signature(fn)
+    run = jax.jit(fn, static_argnums=0, static_argnames=[name for name in signature.parameters if name == "num"])
+
+    @functools.wraps(fn)
+    def call(phi, *args, **kwargs):
+        for name, number in signature.bind(phi, *args, **kwargs).arguments.items():
+            if name in ("sigma_w", "sigma_b", "q", "q_0") and number is not None:
+                check_sigma(name, number)
+        return run(activations.facts(phi), *args, **kwargs)
+
+    return call
 
 
 def second_moment(phi, q):

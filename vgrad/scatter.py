@@ -11,11 +11,11 @@ slopes a = d ln E phi^2 / d ln p and b = d ln E phi'^2 / d ln p of each sample,
 norm over the batch has Var ln sum_a |delta_a|^2 = sum_ab w_a w_b Cov(s_a, s_b), w being the samples' shares.
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from vgrad import activations, gaussian
@@ -78,7 +78,7 @@ def scatter(act: activations.Activation, z: Layer, log_bias: Array, *, orthogona
         return series + rest[:, None] * rest[None] * jnp.square(powers[-1])
 
     hh, hs, ss = (mean[:, i, 0] * mean[:, j, 0] for i, j in ((0, 0), (0, 1), (1, 1)))
-    a, b = (share * v[:, 2] / np.sqrt(2) for v in (h, slope))
+    a, b = (share * v[:, 2] / math.sqrt(2) for v in (h, slope))
     return Scatter(
         a=a, b=b,
         forward=pairs(h, h, 0, hh) - lengths * a[:, None] * a[None],
