@@ -109,8 +109,8 @@ def advice(o: Outlook) -> str:
         decay = "not at all" if math.isinf(kind.power) else f"as ({kind.rate * kind.power:.3g} l)^{-1 / kind.power:.2g}"
         lines += [f"{phi} is of the class K* = 0: at {point} small signals decay {decay}, and the gradient as a power too."]
     elif kind.kind == "half-stable":
-        lines += [f"{phi} is half-stable: at {point} gradient and length both hold, at length {kind.q:.4g}. It attracts from one "
-                  "side and repels on the other, so scale the input to it."]  # fmt: skip
+        lines += [f"{phi} is half-stable: at {point} gradient and length both hold, at length {kind.q:.4g}, which neither "
+                  "attracts nor repels to first order: scale the input to it."]  # fmt: skip
     elif math.isnan(kind.sigma_w):
         lines += [f"{phi} has no critical initialization: at no sigma_w, sigma_b is chi_1 = 1 at a fixed point of the length."]
     else:
