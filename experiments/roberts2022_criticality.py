@@ -6,7 +6,7 @@ at K* = (3 + sqrt 17) / 2, sigma_w^2 = 1.98306, sigma_b^2 = 0.17292 and at 14.32
 read 0.0555: ten times too small. There the length settles at 0.12, with chi_1 = 0.55, and the gradient vanishes.)
 
 **Scale-invariant and K* = 0**, measured: the length of relu stays, that of tanh and sin falls as 1 / (rate l), |ln(K_l / theory)| <
-4 s.e. + 2 l / N, and theory is within 10 per cent of that law at layer 60, rate = 2 for tanh and 1 for sin. **Half-stable** is true,
+4 s.e. + 2 l / N, and theory is within 10 per cent of that law at layer 60; rate = 2 for tanh, 1 for sin. **Half-stable** is true,
 but hardly matters: another fixed point, which attracts, lies close to K*, so that even from 0.9 and 1.1 K* the length moves by less
 than 1e-5 of itself per layer, and from half and twice K* toward it. Half a minute on a CPU.
 """

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import xarray
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from vgrad import meanfield, theory_plots
 
@@ -18,7 +19,7 @@ def drawn(figure: Figure, path):
     """Saves, so that everything is laid out, and gives all texts."""
     figure.savefig(path)
     assert path.stat().st_size > 5000
-    return [t.get_text() for t in figure.findobj(lambda a: hasattr(a, "get_text"))]
+    return [t.get_text() for t in figure.findobj(Text)]
 
 
 def test_the_diagram_of_relu_is_its_closed_form(relu):

@@ -95,8 +95,9 @@ def _predict(
     x, t = source.batch(batch, 0)
     loss = "cross_entropy" if t.ndim == 1 else "squared_error"
     with jax.enable_x64(True):  # critical points and depth scales near them want more than six digits
-        sigmas = dict(sigma_w=sigma_w, sigma_b=sigma_b)
-        predicted = prediction.predict(phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, **sigmas)
+        predicted = prediction.predict(
+            phi, (x, t), width=width, depth=depth, out_dim=source.out_dim, loss=loss, sigma_w=sigma_w, sigma_b=sigma_b
+        )
         outlook = verdicts.outlook(phi, sigma_w, sigma_b)
     print(f"By theory, for {batch} samples of {source.name}; q: variance of the preactivations, c: correlation of two inputs.\n")
     print(verdicts.profile_table(predicted), verdicts.summary(outlook, predicted), verdicts.advice(outlook), sep="\n\n")

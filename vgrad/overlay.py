@@ -38,8 +38,8 @@ def predicted(config: Any, source: Any, schemes: Mapping[str, Any]) -> dict[str,
         which = [j for j, s in enumerate(schemes[phi]) if s.weights in nested.ZERO_MEAN]
         if not which:
             return which, ()
-        sigmas = dict(sigma_w=np.array([schemes[phi][j].sigma_w for j in which]), sigma_b=config.sigma_b)
-        return which, jax.device_get(nested.predict_depths(phi, (x, t), **options, **sigmas))
+        sigma_w = np.array([schemes[phi][j].sigma_w for j in which])
+        return which, jax.device_get(nested.predict_depths(phi, (x, t), sigma_w=sigma_w, sigma_b=config.sigma_b, **options))
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of it is compilation, which takes one core each
         for i, (which, found) in enumerate(pool.map(one, config.phi)):
