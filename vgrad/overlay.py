@@ -2,7 +2,7 @@
 
     predicted_log_delta, predicted_log_grad_w, predicted_log_grad_b, predicted_log_h    [phi, init, depth, layer]
 
-are ln(E ||.||^2) / 2 at infinite width. The measured curves are medians over seeds, of the typical network: they lie below theory
+are ln(E ||.||^2) / 2 at infinite width. The measured curves are medians over seeds, of the typical network: they differ from theory
 by O(L / N), which is the finite width itself.
 """
 
@@ -38,8 +38,8 @@ def predicted(config: Any, source: Any, schemes: Mapping[str, Any]) -> dict[str,
         which = [j for j, s in enumerate(schemes[phi]) if s.weights in nested.ZERO_MEAN]
         if not which:
             return which, ()
-        sigmas: dict[str, Any] = dict(sigma_w=np.array([schemes[phi][j].sigma_w for j in which]), sigma_b=config.sigma_b)
-        return which, jax.device_get(nested.predict_depths(phi, (x, t), **options, **sigmas))
+        sigma_w = np.array([schemes[phi][j].sigma_w for j in which])
+        return which, jax.device_get(nested.predict_depths(phi, (x, t), sigma_w=sigma_w, sigma_b=config.sigma_b, **options))
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:  # most of it is compilation, which takes one core each
         for i, (which, found) in enumerate(pool.map(one, config.phi)):

@@ -29,7 +29,8 @@ def delta_over_layers(dataset) -> Figure:
             low, middle, high = _quartiles(lines)
             ax.fill_between(layer, low, high, color=colour, alpha=0.25, linewidth=0)
             ax.plot(layer, middle, style, color=colour, label=f"depth {depth}", linewidth=1.4)
-        _mean_field(ax, layer, dataset, "log_delta", phi=i, init=j, depth=-1, layer=slice(0, depths[-1]))
+        deepest = np.arange(1, depths[-1] + 1)
+        _mean_field(ax, deepest, dataset, "log_delta", phi=i, init=j, depth=-1, layer=slice(0, depths[-1]))
         _say_if_empty(ax)
     _finish(figure, axes, dataset, "layer $l$ (1 = input)", r"$\ln\,\|\delta_l\|$", "The backpropagated signal over the layers")
     return figure

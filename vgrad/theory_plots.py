@@ -57,7 +57,7 @@ def diagram(phi: str | Phi, sigma_w=(0.3, 3.0), sigma_b=(0.0, 1.5), points: int 
         raise ValueError(f"points is {points}, expected at least 2 on each axis.")
     dtype = jnp.result_type(float)
     # Off the corner where a scale-invariant phi has every length for a fixed point.
-    rows, columns = np.linspace(*sigma_b, points), np.linspace(max(sigma_w[0], 1e-6), sigma_w[1], points)
+    rows, columns = np.linspace(sigma_b[0], sigma_b[1], points), np.linspace(max(sigma_w[0], 1e-6), sigma_w[1], points)
 
     @jax.jit
     def compute(rows, columns):

@@ -79,7 +79,7 @@ def summary(o: Outlook, prediction: Any) -> str:
     if _is_critical(deep.chi_1):
         return "\n".join([*lines, "Two inputs grow alike only as a power of depth: no depth scale limits training."])
     if deep.q_star == 0:
-        return "\n".join([*lines, "Differences of inputs die out with the signal: a few depth scales on, neither is left."])
+        return "\n".join([*lines, "Differences of inputs die out with the signal: after some depth scales both are gone."])
     fate = "grow alike, c* = 1," if deep.c_star == 1 else f"come to a correlation of c* = {deep.c_star:.4g}"
     limit = f"trainable to a depth of about 6 xi_c = {TRAINABLE * deep.xi_c:.0f}"
     lines += [f"Two inputs {fate} with a depth scale of xi_c = {_layers(deep.xi_c)}: {limit}."]
@@ -109,8 +109,8 @@ def advice(o: Outlook) -> str:
         decay = "not at all" if math.isinf(kind.power) else f"as ({kind.rate * kind.power:.3g} l)^{-1 / kind.power:.2g}"
         lines += [f"{phi} is of the class K* = 0: at {point} small signals decay {decay}, and the gradient as a power too."]
     elif kind.kind == "half-stable":
-        lines += [f"{phi} is half-stable: at {point} gradient and length both hold, at length {kind.q:.4g}. It attracts from one "
-                  "side and repels on the other, so scale the input to it."]  # fmt: skip
+        lines += [f"{phi} is half-stable: at {point} gradient and length both hold, at length {kind.q:.4g}, which neither "
+                  "attracts nor repels to first order: scale the input to it."]  # fmt: skip
     elif math.isnan(kind.sigma_w):
         lines += [f"{phi} has no critical initialization: at no sigma_w, sigma_b is chi_1 = 1 at a fixed point of the length."]
     else:
