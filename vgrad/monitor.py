@@ -1,19 +1,20 @@
-"""Watching a training run from inside the optimizer: log norms of every gradient, parameter and update, at no visible cost.
+"""Watching a training run from inside the optimizer: log norms of every gradient, parameter and update.
 
     optimizer = optax.chain(vgrad.monitor(), optax.adam(1e-3), vgrad.monitor("update"))
 
 The first monitor sees the gradient and the parameters, the last what is about to be added to them; both hand it on untouched. For
-each parameter leaf the state keeps the last reading of ln ||g||, its extremes, and an exponential average over the n readings that
-were finite and not zero,
+each parameter leaf the state keeps the last reading of ln ||g||, its extremes, and an exponential average over the n readings
+that were finite and not zero,
 
     a_n = a_{n-1} + (1 - d) / (1 - d^n) (ln ||g_n|| - a_{n-1}),
 
-which is the average with weights d^(n-i), rightly normalised from the first step on: nothing needs debiasing later. A NaN gradient
-and an exactly zero one have no place in an average of logarithms; they are counted instead.
+which is the average with weights d^(n-i), rightly normalised from the first step on: nothing needs debiasing later. A NaN
+gradient and an exactly zero one have no place in an average of logarithms; they are counted instead.
 
 A norm takes one pass over its array: the plain sum of squares, whose own value tells whether a square has under- or overflowed.
-Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes the
-time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step.
+Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes
+the time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step. The update monitor costs most:
+it makes the compiler write the updates to memory, which otherwise go straight into the parameters.
 """
 
 import math
