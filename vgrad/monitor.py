@@ -127,16 +127,25 @@ def monitor(
         for name, other in (("state", fields[0]), ("params", params)):
             if jax.tree.structure(other) != tree:
                 raise ValueError(f"the updates form the tree {tree}, the {name} {jax.tree.structure(other)}; expected the same.")
-        flags = _flags(stacked, updates)
+        flags, dtypes = _flags(stacked, updates), [leaf.dtype for leaf in jax.tree.leaves(fields[0])]
+        due = lambda read, keep, *xs: read(*xs) if every == 1 else lax.cond(steps % every == 0, read, keep, *xs)  # noqa: E731
 
-        def read(updates, params, fields):
-            leaves = zip(flags, *(jax.tree.leaves(t) for t in (updates, params, *fields)), strict=True)
+        def norms(arrays):
+            leaves = zip(jax.tree.leaves(arrays), flags, dtypes, strict=True)
+            return tree.unflatten([_log_norm(x, flag).astype(dtype) for x, flag, dtype in leaves])
+
+        def read(updates, weights, fields):
+            sizes = [jnp.size(u) for u in jax.tree.leaves(updates)]
+            leaves = zip(sizes, *(jax.tree.leaves(t) for t in (norms(updates), weights, *fields)), strict=True)
             rows = [_reading(of, decay, steps // every + 1, *leaf) for leaf in leaves]
             return [tree.unflatten([row[i] for row in rows]) for i in range(len(fields))]
 
         # Readings are no part of what is trained: a derivative through a training step must not meet the ln of a zero norm.
-        operands = lax.stop_gradient((updates, params, fields))
-        fields = read(*operands) if every == 1 else lax.cond(steps % every == 0, read, lambda u, w, fields: fields, *operands)
+        updates_seen, params, fields = lax.stop_gradient((updates, params, fields))
+        # Parameters in a conditional of their own: in one with the gradients they could not be updated in place before the last
+        # gradient is there.
+        weights = due(norms, lambda _: fields[-1], params)
+        fields = due(read, lambda u, w, fields: fields, updates_seen, weights, fields)
         return updates, _STATES[of](optax.safe_increment(steps), *fields)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -166,10 +175,9 @@ def _wide(dtype):
     return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
 
 
-def _reading(of, decay, num, stacked, update, weights, last, average, low, high, num_nonfinite, num_zero, extra):
-    """The fields of one leaf after reading number `num`."""
-    seen, w = (_log_norm(x, stacked).astype(last.dtype) for x in (update, weights))
-    counts, zero = jnp.isfinite(seen), jnp.isneginf(seen) & bool(jnp.size(update))
+def _reading(of, decay, num, size, seen, w, last, average, low, high, num_nonfinite, num_zero, extra):
+    """The fields of one leaf of `size` entries after reading number `num`, of which ln ||update|| and ln ||w|| are given."""
+    counts, zero = jnp.isfinite(seen), jnp.isneginf(seen) & bool(size)
     num_nonfinite, num_zero = num_nonfinite + (seen != seen).astype(jnp.int32), num_zero + zero.astype(jnp.int32)
     n = jnp.maximum(num - num_nonfinite - num_zero, 1)  # how many have counted
     weight = (1 - decay) / -jnp.expm1(n.astype(seen.dtype) * (math.log(decay) if decay else -math.inf))
