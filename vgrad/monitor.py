@@ -1,19 +1,20 @@
-"""Watching a training run from inside the optimizer: log norms of every gradient, parameter and update, at no visible cost.
+"""Watching a training run from inside the optimizer: log norms of every gradient, parameter and update.
 
     optimizer = optax.chain(vgrad.monitor(), optax.adam(1e-3), vgrad.monitor("update"))
 
 The first monitor sees the gradient and the parameters, the last what is about to be added to them; both hand it on untouched. For
-each parameter leaf the state keeps the last reading of ln ||g||, its extremes, and an exponential average over the n readings that
-were finite and not zero,
+each parameter leaf the state keeps the last reading of ln ||g||, its extremes, and an exponential average over the n readings
+that were finite and not zero,
 
     a_n = a_{n-1} + (1 - d) / (1 - d^n) (ln ||g_n|| - a_{n-1}),
 
-which is the average with weights d^(n-i), rightly normalised from the first step on: nothing needs debiasing later. A NaN gradient
-and an exactly zero one have no place in an average of logarithms; they are counted instead.
+which is the average with weights d^(n-i), rightly normalised from the first step on: nothing needs debiasing later. A NaN
+gradient and an exactly zero one have no place in an average of logarithms; they are counted instead.
 
 A norm takes one pass over its array: the plain sum of squares, whose own value tells whether a square has under- or overflowed.
-Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes the
-time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step.
+Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes
+the time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step. The update monitor costs most:
+it makes the compiler write the updates to memory, which otherwise go straight into the parameters.
 """
 
 import math
@@ -126,16 +127,25 @@ def monitor(
         for name, other in (("state", fields[0]), ("params", params)):
             if jax.tree.structure(other) != tree:
                 raise ValueError(f"the updates form the tree {tree}, the {name} {jax.tree.structure(other)}; expected the same.")
-        flags = _flags(stacked, updates)
+        flags, dtypes = _flags(stacked, updates), [leaf.dtype for leaf in jax.tree.leaves(fields[0])]
+        due = lambda read, keep, *xs: read(*xs) if every == 1 else lax.cond(steps % every == 0, read, keep, *xs)  # noqa: E731
 
-        def read(updates, params, fields):
-            leaves = zip(flags, *(jax.tree.leaves(t) for t in (updates, params, *fields)), strict=True)
+        def norms(arrays):
+            leaves = zip(jax.tree.leaves(arrays), flags, dtypes, strict=True)
+            return tree.unflatten([_log_norm(x, flag).astype(dtype) for x, flag, dtype in leaves])
+
+        def read(updates, weights, fields):
+            sizes = [jnp.size(u) for u in jax.tree.leaves(updates)]
+            leaves = zip(sizes, *(jax.tree.leaves(t) for t in (norms(updates), weights, *fields)), strict=True)
             rows = [_reading(of, decay, steps // every + 1, *leaf) for leaf in leaves]
             return [tree.unflatten([row[i] for row in rows]) for i in range(len(fields))]
 
         # Readings are no part of what is trained: a derivative through a training step must not meet the ln of a zero norm.
-        operands = lax.stop_gradient((updates, params, fields))
-        fields = read(*operands) if every == 1 else lax.cond(steps % every == 0, read, lambda u, w, fields: fields, *operands)
+        updates_seen, params, fields = lax.stop_gradient((updates, params, fields))
+        # Parameters in a conditional of their own: in one with the gradients they could not be updated in place before the last
+        # gradient is there.
+        weights = due(norms, lambda _: fields[-1], params)
+        fields = due(read, lambda u, w, fields: fields, updates_seen, weights, fields)
         return updates, _STATES[of](optax.safe_increment(steps), *fields)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -165,10 +175,9 @@ def _wide(dtype):
     return jnp.float64 if jnp.finfo(dtype).bits == 64 else jnp.float32
 
 
-def _reading(of, decay, num, stacked, update, weights, last, average, low, high, num_nonfinite, num_zero, extra):
-    """The fields of one leaf after reading number `num`."""
-    seen, w = (_log_norm(x, stacked).astype(last.dtype) for x in (update, weights))
-    counts, zero = jnp.isfinite(seen), jnp.isneginf(seen) & bool(jnp.size(update))
+def _reading(of, decay, num, size, seen, w, last, average, low, high, num_nonfinite, num_zero, extra):
+    """The fields of one leaf of `size` entries after reading number `num`, of which ln ||update|| and ln ||w|| are given."""
+    counts, zero = jnp.isfinite(seen), jnp.isneginf(seen) & bool(size)
     num_nonfinite, num_zero = num_nonfinite + (seen != seen).astype(jnp.int32), num_zero + zero.astype(jnp.int32)
     n = jnp.maximum(num - num_nonfinite - num_zero, 1)  # how many have counted
     weight = (1 - decay) / -jnp.expm1(n.astype(seen.dtype) * (math.log(decay) if decay else -math.inf))
