@@ -127,7 +127,7 @@ def run(config: Config, *, on_progress: Callable[[int, str], None] = lambda done
             on_progress(num_init * config.num_seeds * len(depths), "")
     except KeyboardInterrupt:
         complete = False
-    predicted = overlay.predicted(config, source, schemes)
+    predicted = overlay.predicted(config, source, schemes) if complete else {}  # an interrupted one is to be saved at once
     attributes = store.provenance(dataclasses.asdict(config), source.name) | {"complete": int(complete), "loss": loss.__name__}
     return xarray.Dataset(
         {name: (dims, values, {"units": "nat", "long_name": _LONG_NAMES[name]}) for name, values in fields.items()}
