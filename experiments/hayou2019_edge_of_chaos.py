@@ -154,7 +154,7 @@ def main() -> None:
     (folder / "hayou2019_edge_of_chaos.json").write_text(json.dumps([row._asdict() for row in result], indent=1))
     figure = Figure(figsize=(8, 5), layout="constrained")
     ax = figure.subplots()
-    lengths = jnp.geomspace(1e-4, 100, 300)
+    lengths = jnp.geomspace(1e-4, 400, 300)
     for i, row in enumerate(result):
         line = jax.jit(jax.vmap(lambda q, phi=row.phi: meanfield.critical_line(phi, q)))(lengths)
         style = dict(color=f"C{i}", linestyle=["-", "--", "-.", ":"][i % 4], linewidth=1.6)

@@ -130,10 +130,10 @@ def main() -> None:
         backward.plot(layer, value[:-1] - value[-2], style, color=shade, linewidth=1.6, label=name)
     theory = (layer[-1] - layer) * result.rates["self-normalizing"][2]
     backward.plot(layer, theory, color="0.7", linewidth=4, zorder=0, label="ln(chi_1) / 2 per layer, sigma_w = 1")
-    backward.set(xlabel="layer $l$", ylabel=r"$\ln(E\|\delta_l\|^2)/2$ less that of the last hidden layer, nats")
+    backward.set(xlabel="layer $l$", ylabel=r"$\ln(E\|\delta_l\|^2)/2$, nats (last hidden layer: 0)")
     backward.set_title("Toward the input the gradient grows")
     forward.legend()
-    backward.legend()
+    backward.legend(loc="upper right", fontsize=9, bbox_to_anchor=(1, 0.9))
     figure.savefig(folder / "klambauer2017_selu.png", dpi=130)
 
 

@@ -207,7 +207,8 @@ def test_figures_are_drawn_from_the_stored_data_alone(saved):
     figure = plots.delta_over_layers(stored)
     axes = figure.axes
     assert len(axes) == 6
-    line = axes[0].lines[-1]  # sigmoid, xavier, the greatest depth: the median over seeds
+    theory, line = axes[0].lines[-1], axes[0].lines[-2]  # sigmoid, xavier, the greatest depth: the median over seeds
+    np.testing.assert_array_equal(theory.get_ydata(), stored.predicted_log_delta.values[0, 0, -1, :9])
     np.testing.assert_allclose(line.get_ydata(), np.median(stored.log_delta.values[0, 0, :, -1, :9], axis=0))
     np.testing.assert_array_equal(line.get_xdata(), np.arange(1, 10))
     first = plots.grad_w1_against_depth(stored).axes[0].lines

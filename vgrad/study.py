@@ -187,7 +187,7 @@ def _assembled(config, source, task, kept_in) -> "xarray.Dataset":
     attributes = files.provenance(_described(config) | {"data": config.data}, source.name)
     return xarray.Dataset(
         {name: (dims, fields[name], {"units": "nat", "long_name": _LONG_NAMES[name]}) for name in Profile._fields}
-        | overlay.predicted(config, source, schemes)
+        | ({} if missing else overlay.predicted(config, source, schemes))
         | {PLAIN: (dims[:3], fields[PLAIN], {"long_name": "||dJ/dW_1|| at the greatest depth in plain float32"})},
         coords={
             "phi": list(config.phi),
