@@ -51,7 +51,7 @@ def test_extremes():
         deep = predict("relu", (X, LABELS), depth=10_000, **HOW, sigma_w=sigma_w)
         growth = 0.5 * np.log(sigma_w**2 / 2)
         for change in (deep.log_h[-2] - deep.log_h[0], deep.log_delta[0] - deep.log_delta[-2]):
-            np.testing.assert_allclose(change, 9998 * growth, rtol=1e-4)
+            np.testing.assert_allclose(change, 9998 * growth, rtol=1e-3)  # 1e4 sums, rounded to 5e-4 at most each
         assert np.all(np.isfinite(np.stack(deep[2:])))
     x = X * np.array([[0.0], [1.0], [np.exp(50)]])
     mixed = predict("relu", (np.float32(x), LABELS), depth=2, **HOW, sigma_w=2**0.5)

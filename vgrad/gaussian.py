@@ -78,7 +78,7 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
     total = jnp.dot(values, weight * _density_ratio(y, q, mean), precision="highest")
     far, edge = jnp.abs(values[..., jnp.array([0, -1])]).max(-1), jnp.abs(centre) + _REACH * std
     # Heavy beyond the reach, and steeper than any polynomial one meets: the tail may well be all there is of a tame f.
-    heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log1p(jnp.square(edge)))
+    heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log(_REACH**2 + jnp.square(edge)))
     return jnp.where(heavy | ~jnp.isfinite(total) | ~(q >= 0) | jnp.isnan(mean), jnp.nan, total)
 
 
