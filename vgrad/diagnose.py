@@ -8,7 +8,8 @@ one backward pass reads them all,
 
     delta = dJ/dz,    dJ/dW = (dz/dW)^T delta,
 
-at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient, and a compilation.
+at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient, and a compilation,
+which on CPU grows faster than the number of sites: seconds for twenty, minutes for a hundred written out, little in a scan.
 
 >>> import jax, jax.numpy as jnp, vgrad
 >>> params = [jax.random.normal(key, (50, 50)) / 50**0.5 for key in jax.random.split(jax.random.key(0), 12)]
