@@ -33,7 +33,7 @@ class Config:
     batch: int = 64
 
 
-PAPER, TINY = Config(), Config(64, (10, 20), 16, 32)
+PAPER, TINY = Config(), Config(64, (20,), 16, 32)
 SCHEMES = {"default": {"weight": 1.0, "bias": 1.0}, "without biases": {"weight": 1.0, "bias": 0.0},
            "He": {"weight": 6**0.5, "bias": 0.0}}  # fmt: skip
 RATES = {"default": -np.log(6) / 2, "without biases": -np.log(6) / 2, "He": 0.0}
@@ -63,18 +63,20 @@ def network(config, point):
     return stack(linear(64, n, point), linear(n, n, point, jax.nn.relu), linear(n, 10, point, jax.nn.relu))
 
 
-def apart(config, point, x):
-    """ln of the root mean square over seeds of what is left of h_l once the mean over the samples is taken away. [L]"""
-    net = network(config, point)
+def apart(config, x):
+    """ln of the root mean square over seeds of what is left of h_l once the mean over the samples is taken away. [scheme, layer]"""
 
-    def one(seed):
+    def one(point, seed):
+        net = network(config, point)
         params = net.init(jax.random.fold_in(jax.random.key(0), seed), max(config.depths))
         z = net.embed.apply(params.embed, x)
         _, zs = jax.lax.scan(lambda z, p: (z := net.block.apply(p, z), z), z, params.hidden)
         h = jax.nn.relu(jnp.concatenate([z[None], zs]))
         return jnp.sum(jnp.square(h - h.mean(axis=1, keepdims=True)), axis=(1, 2))
 
-    return np.log(jax.jit(lambda: jax.lax.map(one, jnp.arange(config.num_seeds)).mean(axis=0))()) / 2
+    points = jax.tree.map(lambda *values: jnp.array(values), *SCHEMES.values())
+    over_seeds = lambda point: jax.lax.map(lambda seed: one(point, seed), jnp.arange(config.num_seeds)).mean(axis=0)  # noqa: E731
+    return np.log(jax.jit(lambda: jax.lax.map(over_seeds, points))()) / 2
 
 
 def run(config: Config) -> Result:
@@ -82,11 +84,11 @@ def run(config: Config) -> Result:
     options = dict(num_seeds=config.num_seeds, depths=config.depths, batch=(x, t), loss=losses.cross_entropy)
     swept = sweep(lambda point: network(config, point), list(SCHEMES.values()), key=jax.random.key(0), **options)
     rate = fit.decay_rate(swept.log_delta, config.depths).log_mean_sq
-    rates, profiles = {}, {}
-    for p, (scheme, point) in enumerate(SCHEMES.items()):
+    rates, profiles, left = {}, {}, apart(config, x)
+    for p, scheme in enumerate(SCHEMES):
         rates[scheme] = [(float(v), float(e)) for v, e in zip(rate.value[p], rate.stderr[p], strict=True)]
         fields = {"delta": swept.log_delta, "grad_w": swept.log_grad_w, "h": swept.log_h}
-        means = {k: fit.log_mean_sq(v[:, :, -1])[0][p][:-1] for k, v in fields.items()} | {"apart": apart(config, point, x)}
+        means = {k: fit.log_mean_sq(v[:, :, -1])[0][p][:-1] for k, v in fields.items()} | {"apart": left[p]}
         profiles[scheme] = {k: v.tolist() for k, v in means.items()}
     return Result(config.width, config.batch, config.depths, rates, profiles)
 
