@@ -11,6 +11,8 @@ import vgrad
 from vgrad import losses
 from vgrad.diagnosis import following_site
 
+pytestmark = pytest.mark.xdist_group("diagnose")  # its fixtures are costly: one process for all
+
 N, B, DEPTH = 16, 12, 7
 KEYS = jax.random.split(jax.random.key(3), DEPTH + 2)
 X = jax.random.normal(KEYS[-1], (B, N))

@@ -15,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 
-from vgrad import cli, plots, study, task
+from vgrad import cli, plots, session, study, task
 from vgrad import store as files
 from vgrad.base import Profile
 from vgrad.chunkstore import Damaged, Store
+
+pytestmark = pytest.mark.xdist_group("faults")  # its fixtures are costly: one process for all
 
 CONFIG = study.Config(phi=("sigmoid", "relu"), init=("xavier", "he"), depths=(2, 3, 5), num_seeds=5, width=8, batch=4, chunk=3)
 NUM_CHUNKS = 8  # four points, whose five seeds are cut into three and two
@@ -294,8 +296,8 @@ def test_processes_of_one_distributed_run_share_the_store_and_the_last_has_the_r
 
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c_in_a_distributed_run_is_no_success(times, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_roll_call", lambda *_: (0, 2))
-    monkeypatch.setattr(cli, "_all_devices", lambda: None)
+    monkeypatch.setattr(session, "roll_call", lambda *_: (0, 2))
+    monkeypatch.setattr(session, "all_devices", lambda: None)
     measure = study.measure
 
     def disturbed(*args, **options):
@@ -338,7 +340,7 @@ OPTIONS = "--phi sigmoid relu --init xavier he --depths 2 3 5 --num-seeds 5 --wi
 )
 def test_a_signal_stops_the_command_and_says_how_to_go_on(signals, code, kept, tmp_path, capsys, monkeypatch, whole):
     """Sent while the third chunk is in flight: it is finished, or dropped on the second Ctrl-C."""
-    monkeypatch.setattr(cli, "_all_devices", lambda: None)
+    monkeypatch.setattr(session, "all_devices", lambda: None)
     sweep, calls = task.sweep, []
 
     def disturbed(*args, **options):

@@ -13,6 +13,8 @@ import vgrad
 from vgrad import finite_width as fw
 from vgrad import losses
 
+pytestmark = pytest.mark.xdist_group("finite_width")  # its fixtures are costly: one process for all
+
 HE = 2**0.5
 # Compiled once for all tests of the same shapes.
 backward = jax.jit(fw.backward, static_argnums=0, static_argnames="weights")

@@ -22,6 +22,8 @@ from vgrad import store as files
 from vgrad import study
 from vgrad.chunkstore import Store
 
+pytestmark = pytest.mark.xdist_group("hosts")  # its fixtures are costly: one process for all
+
 CONFIG = study.Config(phi=("relu",), init=("xavier", "he"), depths=(2, 3), num_seeds=8, width=8, batch=4, chunk=2)  # 8 chunks
 OPTIONS = "--phi relu --init xavier he --depths 2 3 --num-seeds 8 --width 8 --batch 4 --chunk 2 --quiet"
 # One chunk takes a while, so that there is a moment at which to kill.

@@ -12,6 +12,8 @@ from vgrad import lanes, layers, losses
 from vgrad.profile import read, to_profile
 from vgrad.scaled import lift
 
+pytestmark = pytest.mark.xdist_group("lanes")  # its fixtures are costly: one process for all
+
 KEY = jax.random.key(0)
 X = np.random.default_rng(0).normal(size=(6, 4))
 LABELS = np.arange(6) % 3

@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import vgrad
 from vgrad.monitor import GradientMonitorState, UpdateMonitorState
 
+pytestmark = pytest.mark.xdist_group("monitor")  # its fixtures are costly: one process for all
+
 DECAY = 0.9
 PARAMS = {"dense": {"b": jnp.zeros(3), "w": jnp.arange(1.0, 7).reshape(2, 3)}, "out": jnp.array([0.6, -0.8])}
 # Steps of every kind: ordinary, far out of the range of squares, exactly zero, not a number, infinite.

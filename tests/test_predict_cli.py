@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from vgrad import cli, data, nested, overlay, prediction, study, verdicts
+from vgrad import cli, data, nested, overlay, prediction, study, study_table, verdicts
 from vgrad.meanfield import Asymptotics, Universality
 
 INF, NAN = math.inf, math.nan
@@ -57,7 +57,7 @@ def test_what_will_happen(rate, deep, wanted):
 def test_thresholds_are_those_of_a_study():
     for rate in (-0.2304, -0.2300, 0.2300, 0.2304):  # ten steps: ln 10 = 2.3026
         text = verdicts.summary(made("tanh", ORDERED), predicted(rate))
-        assert f"the gradient {study.verdict(10 * rate)}" in text
+        assert f"the gradient {study_table.verdict(10 * rate)}" in text
     assert "no hidden step" in verdicts.summary(made("tanh", ORDERED), predicted(-1.0, depth=2))
 
 

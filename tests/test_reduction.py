@@ -11,6 +11,8 @@ import vgrad
 from vgrad import fit, losses
 from vgrad.reduction import QUANTILES
 
+pytestmark = pytest.mark.xdist_group("reduction")  # its fixtures are costly: one process for all
+
 X = jax.random.normal(jax.random.key(1), (4, 3))
 DEPTHS, SEEDS = [2, 4, 9], 60
 

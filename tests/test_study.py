@@ -12,8 +12,10 @@ import pytest
 import xarray
 
 import vgrad
-from vgrad import cli, data, losses, plots, store, study, task
+from vgrad import cli, data, losses, plots, session, store, study, task
 from vgrad.study import Config
+
+pytestmark = pytest.mark.xdist_group("study")  # its fixtures are costly: one process for all
 
 SMALL = Config(
     phi=("sigmoid", "relu"), init=("xavier", "uniform_recipe", "orthogonal:1.5"), depths=(2, 5, 9), num_seeds=3, width=24, batch=16
@@ -123,7 +125,7 @@ def test_bad_configurations_are_found_before_anything_is_computed(change, error,
 
 
 def test_study_writes_and_plot_draws_again(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "_all_devices", lambda: None)
+    monkeypatch.setattr(session, "all_devices", lambda: None)
     options = "--phi sigmoid relu --init xavier uniform_recipe orthogonal:1.5 --depths 2 5 9 --num-seeds 3 --width 24 --batch 16"
     cli.main(["study", "--no-cache", *options.split(), "--out", str(tmp_path / "new" / "folder")])
     printed, folder = capsys.readouterr().out, tmp_path / "new" / "folder"
@@ -147,7 +149,7 @@ def test_ctrl_c_keeps_what_is_there(tmp_path, capsys, monkeypatch):
         return sweep(*args, **kwargs)
 
     monkeypatch.setattr(task, "sweep", interrupted)
-    monkeypatch.setattr(cli, "_all_devices", lambda: None)
+    monkeypatch.setattr(session, "all_devices", lambda: None)
     options = "--phi sigmoid relu --init xavier --depths 2 5 --num-seeds 2 --width 8 --batch 4 --chunk 2 --no-cache"
     with pytest.raises(SystemExit) as stopped:
         cli.main(["study", *options.split(), "--out", str(tmp_path)])

@@ -15,6 +15,8 @@ import vgrad
 from vgrad import activations, fit, initializers, losses
 from vgrad.meanfield import predict
 
+pytestmark = pytest.mark.xdist_group("theory_vs_measurement")  # its fixtures are costly: one process for all
+
 WIDTH, DEPTH, SEEDS, IN_DIM, OUT_DIM = 64, 10, 12, 20, 4
 PHIS = list(activations.REGISTRY)
 WEIGHTS = ["normal", "orthogonal", "positive_uniform"]
