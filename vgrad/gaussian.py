@@ -78,14 +78,14 @@ def expect(f: Callable, q, *, mean=0.0, breakpoints: tuple[float, ...] = (), osc
     total = jnp.dot(values, weight * _density_ratio(y, q, mean), precision="highest")
     far, edge = jnp.abs(values[..., jnp.array([0, -1])]).max(-1), jnp.abs(centre) + _REACH * std
     # Heavy beyond the reach, and steeper than any polynomial one meets: the tail may well be all there is of a tame f.
-    heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log1p(jnp.square(edge)))
+    heavy = (far * math.exp(-0.5 * _REACH**2) > 1e-9 * jnp.abs(total)) & (jnp.log(far) > 8 * jnp.log(_REACH**2 + jnp.square(edge)))
     return jnp.where(heavy | ~jnp.isfinite(total) | ~(q >= 0) | jnp.isnan(mean), jnp.nan, total)
 
 
 @jax.custom_jvp
 def _density_ratio(y, q, mean):
     """The density at the nodes as a function of q and mean over what it is at their values: 1, with derivatives of all orders."""
-    return jnp.ones_like(y)
+    return jnp.ones_like(y) + 0 * (q + mean)  # vmap must see that it depends on them, or its derivative loses an axis
 
 
 @_density_ratio.defjvp
@@ -95,7 +95,8 @@ def _(primals, tangents):
     inverse = lax.rsqrt(_positive(q))
     y = (lax.stop_gradient(1 / inverse) * y + lax.stop_gradient(mean) - mean) * inverse  # of the same z, whatever q and mean do
     growth = 0.5 * (jnp.square(y) - 1) * jnp.square(inverse) * dq + y * inverse * dmean
-    return jnp.ones_like(y), _density_ratio(*primals) * growth
+    ratio = _density_ratio(*primals)
+    return ratio, ratio * growth
 
 
 def expect_pair(f1: Callable, f2: Callable, q1, q2, c, *, breakpoints: tuple = (), oscillates: bool = False) -> Array:

@@ -116,8 +116,9 @@ def see(act: activations.Activation, z: Layer, p: Powers, *, has_mean: bool) -> 
     return Seen(log(root[0]) + grown(d), log(root[1]) + grown(e), h, slope, mean_h, mean_slope, bend, mixed)
 
 
-def up(seen: Seen, n: int, alpha, sigma, log_bias: Array, noise: Array | None) -> Layer:
-    """The next layer, whose weights have the mean alpha / sqrt(n) and the std sigma / sqrt(n); noise [B] draws its mean."""
+def up(seen: Seen, n: int, gain: Array, log_bias: Array, noise: Array | None) -> Layer:
+    """The next layer, of weights with mean and std gain [2] / sqrt(n); noise [B] draws its mean, None means that there is none."""
+    alpha, sigma = gain[0], gain[1]
     mean = jnp.zeros_like(seen.log_h)
     if noise is not None:
         scatter = root_of(seen.h - seen.mean_h[:, None] * seen.mean_h[None])
@@ -125,11 +126,12 @@ def up(seen: Seen, n: int, alpha, sigma, log_bias: Array, noise: Array | None) -
     return layer(seen.log_h, sigma**2 * seen.h, mean, log_bias)
 
 
-def down(state: tuple[Array, Array, Array], seen: Seen, n: int, alpha, sigma, feedback: Array):
+def down(state: tuple[Array, Array, Array], seen: Seen, n: int, gain: Array, feedback: Array):
     """From the cotangents above to those of this layer: (ln(E |delta_a|^2) / 2, correlations, correlations of sums over units).
 
-    `feedback` [B] multiplies the sums.
+    The weights between them have mean and std gain [2] / sqrt(n); `feedback` [B] multiplies the sums.
     """
+    alpha, sigma = gain[0], gain[1]
     log_norm, gram, coherent = state
     coherent = coherent * feedback[:, None] * feedback[None]
     inside = jnp.square(alpha) * coherent + jnp.square(sigma) * gram

@@ -70,7 +70,7 @@ def length_slope(phi, q):
     """d E phi^2 / dq. At q = 0, where the density has no derivative, phi'(0)^2 on average of both sides."""
     at_zero = q < 1e-20
     slope = jax.jvp(partial(second_moment, phi), (jnp.where(at_zero, 1.0, q),), (jnp.ones_like(q),))[1]
-    return jnp.where(at_zero, slope_moment(phi, jnp.where(at_zero, q, 1.0)), slope)
+    return jnp.where(at_zero, slope_moment(phi, jnp.where(at_zero, q, 1.0)), jnp.where(jnp.isnan(q), jnp.nan, slope))
 
 
 def table(excess, dtype):

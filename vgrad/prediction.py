@@ -128,12 +128,13 @@ def _compiled(static, x, t, sigma_w, sigma_b):
     if not any(static.shift):
         return run(None)
     noise = jax.random.normal(jax.random.key(1), (_NUM_SCENARIOS, static.depth - 1 + _NUM_SUMS, x.shape[0]), x.dtype)
-    each = lax.map(run, noise)
+    each = lax.map(run, noise, batch_size=8)
     mean = lambda v: jnp.mean(v, axis=0)  # noqa: E731
     mean_sq = lambda v: 0.5 * (logsumexp(2 * v, axis=0) - math.log(_NUM_SCENARIOS))  # noqa: E731
     typical = mean(each.mean_log_delta)
-    spread = mean(jnp.square(each.mean_log_delta - typical[None]) + jnp.square(each.std_log_delta))
-    return Prediction(mean(each.q), mean(each.c), *(mean_sq(v) for v in each[2:6]), typical, jnp.sqrt(spread))
+    spread = jnp.sqrt(mean(jnp.square(each.mean_log_delta - typical[None]) + jnp.square(each.std_log_delta)))
+    norms = {name: mean_sq(getattr(each, name)) for name in ("log_delta", "log_grad_w", "log_grad_b", "log_h")}
+    return Prediction(q=mean(each.q), c=mean(each.c), **norms, mean_log_delta=typical, std_log_delta=spread)
 
 
 class _Static(NamedTuple):
@@ -155,14 +156,15 @@ def _one(static, x, t, sigma_w, sigma_b, noise):
     log_bias, powers = kernels.log(sigma_b), kernels.powers(act, x.dtype)
     laws = np.repeat(np.stack([static.shift, static.spread], axis=1), [1, depth - 2, 1], axis=0)
     gains = sigma_w * jnp.asarray(laws, x.dtype)  # [L, 2]
-    first, log_x = _embed(x, *gains[0], log_bias)
+    first, log_x = _embed(x, gains[0], log_bias)
 
     def up(z, layer):
         gain, noise = layer
         seen = kernels.see(act, z, powers, has_mean=has_mean)
         spread = None if has_mean else scatter.scatter(act, z, log_bias, orthogonal=static.weights == "orthogonal")
-        return kernels.up(seen, width, *gain, log_bias, noise), (z, seen, spread)
+        return kernels.up(seen, width, gain, log_bias, noise), (z, seen, spread)
 
+    spreads: Any  # None with a mean
     top, (below, hs, spreads) = lax.scan(up, first, (gains[1:], noise if noise is None else noise[: depth - 1]))
     zs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, top)
     cotangent_of = lambda log_scale: readout.cotangent(static.loss, log_scale, top.cov, top.mean, t, out_dim)  # noqa: E731
@@ -214,7 +216,7 @@ def _descend(state, layers, width):
 
     def down(state, layer):
         gain, seen, feedback = layer
-        below = kernels.down(state, seen, width, *gain, feedback)
+        below = kernels.down(state, seen, width, gain, feedback)
         return below, below[:2]
 
     return lax.scan(down, state, layers, reverse=True)[1]
@@ -247,7 +249,7 @@ def _typical_sums(norms, cotangent, start, layers, width, noise):
     mean, std = _typical(norms, cotangent, *(jnp.zeros_like(v) for v in (layers[1].slope, norms[:-1, 0])))
     layers, last = (jax.tree.map(lambda a, i=i: a[i], layers) for i in (slice(None, -1), -1))
     gain, seen, feedback = last
-    log_norm, gram, coherent = kernels.down(start, seen, width, *gain, feedback)
+    log_norm, gram, coherent = kernels.down(start, seen, width, gain, feedback)
     # From above comes alpha sqrt(n) E phi' times the sum there; the rest is new.
     passed = gain[0] * math.sqrt(width) * seen.mean_slope * jnp.exp(start[0] + seen.log_slope - log_norm)
     fresh = coherent - passed[:, None] * passed[None] * cotangent.coherent
@@ -262,19 +264,19 @@ def _shift(static, first, sigma, sigma_b, alignment):
     edge = 2 * kernels.EDGE
     q = jnp.exp(jnp.clip(jax.nn.logsumexp(2 * first.scale) - math.log(first.scale.size), -edge, edge))
     widths = jnp.broadcast_to(jnp.asarray([[static.width], [1e30]], q.dtype), (2, static.depth - 1))
-    law = dict(q=q, sigma_w=sigma, sigma_b=sigma_b, weights=static.weights if static.weights == "orthogonal" else "normal")
+    law: Any = dict(q=q, sigma_w=sigma, sigma_b=sigma_b, weights=static.weights if static.weights == "orthogonal" else "normal")
     found = jax.vmap(lambda n: finite_width.backward(static.act, n, **law, alignment=alignment).log_mean)(widths)
     return found[0] - found[1]
 
 
-def _embed(x, alpha, sigma, log_bias):
+def _embed(x, gain, log_bias):
     """Layer 1, and ln |x_a| [B] with the correlations x_a . x_b / (|x_a| |x_b|) [B, B]."""
     top = jnp.max(jnp.abs(x), axis=1)
     unit = x / jnp.where(top > 0, top, 1.0)[:, None]
     gram, log_top, n = jnp.dot(unit, unit.T, precision="highest"), kernels.log(top), x.shape[1]
     norm = jnp.sqrt(jnp.diagonal(gram))
     inverse = jnp.where(norm > 0, 1 / jnp.where(norm > 0, norm, 1.0), 0.0)
-    z = kernels.layer(log_top, sigma**2 * gram / n, alpha * jnp.sum(unit, axis=1) / math.sqrt(n), log_bias)
+    z = kernels.layer(log_top, gain[1] ** 2 * gram / n, gain[0] * jnp.sum(unit, axis=1) / math.sqrt(n), log_bias)
     return z, (log_top + kernels.log(norm), gram * inverse[:, None] * inverse[None])
 
 
