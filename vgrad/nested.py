@@ -72,13 +72,14 @@ def _compiled(act, loss, width, depths, out_dim, x, t, sigma_w, sigma_b):
 
 def _one(act, loss, width, depths, out_dim, powers, x, t, log_bias, sigma):
     num, zero = x.shape[0], jnp.zeros(x.shape[0], x.dtype)
+    gain = jnp.stack([0 * sigma, sigma])
     norm = jnp.linalg.norm(x, axis=1)
     gram = jnp.dot(x, x.T, precision="highest")
     first = kernels.layer(kernels.log(norm), sigma**2 * kernels.over(gram, norm) / x.shape[1], zero, log_bias)
 
     def up(z, _):
         seen = kernels.see(act, z, powers, has_mean=False)
-        return kernels.up(seen, width, 0.0, sigma, log_bias, None), (z, seen)
+        return kernels.up(seen, width, gain, log_bias, None), (z, seen)
 
     top, (below, hs) = lax.scan(up, first, None, length=int(depths[-1]) - 1)
     zs = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, top)  # of layer l, and of the readout at depth l
@@ -96,7 +97,7 @@ def _one(act, loss, width, depths, out_dim, powers, x, t, log_bias, sigma):
         index, seen = layer
         own = index == jnp.asarray(depths) - 1
         norms, grams = (jnp.where(own.reshape(-1, *[1] * (a.ndim - 1)), a, b) for a, b in zip(tops, lanes, strict=True))
-        pass_on = lambda n, g: kernels.down((n, g, jnp.zeros_like(g)), seen, width, 0.0 * sigma, sigma, zero)[:2]  # noqa: E731
+        pass_on = lambda n, g: kernels.down((n, g, jnp.zeros_like(g)), seen, width, gain, zero)[:2]  # noqa: E731
         lanes = jax.vmap(pass_on)(norms, grams)
         return lanes, lanes
 
