@@ -72,6 +72,7 @@ def _compiled(act, loss, width, depths, out_dim, x, t, sigma_w, sigma_b):
 
 def _one(act, loss, width, depths, out_dim, powers, x, t, log_bias, sigma):
     num, zero = x.shape[0], jnp.zeros(x.shape[0], x.dtype)
+    gain = jnp.stack([0 * sigma, sigma])
     norm = jnp.linalg.norm(x, axis=1)
     gram, gain = jnp.dot(x, x.T, precision="highest"), jnp.stack([jnp.zeros_like(sigma), sigma])
     first = kernels.layer(kernels.log(norm), sigma**2 * kernels.over(gram, norm) / x.shape[1], zero, log_bias)
