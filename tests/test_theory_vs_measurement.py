@@ -4,6 +4,7 @@ One compiled sweep serves for all: activation, initializer and loss are chosen b
 standard errors of the seeds plus a term for the finite width N, written where it is used.
 """
 
+import functools
 from functools import partial
 
 import jax
@@ -85,11 +86,16 @@ def measure(which, cases):
 
 @pytest.fixture(scope="module", params=["cross_entropy", "squared_error"])
 def compared(request):
+    return everything(request.param)
+
+
+@functools.cache  # pytest may come back to a parameter, and would set it up again
+def everything(loss):
     """(loss, [(case, measured fields [S, L], Prediction)]). The squared error with normal weights alone: the rest is shared."""
-    which = ["cross_entropy", "squared_error"].index(request.param)
+    which = ["cross_entropy", "squared_error"].index(loss)
     cases = [c for c in CASES if which == 0 or c["weights"] == 0]
     predicted = [jax.device_get(theory(WEIGHTS[c["weights"]], which, c["phi"], c["sigma_w"], c["sigma_b"])) for c in cases]
-    return request.param, list(zip(cases, measure(which, cases), predicted, strict=True))
+    return loss, list(zip(cases, measure(which, cases), predicted, strict=True))
 
 
 def of_seeds(statistic, measured):

@@ -133,14 +133,15 @@ def _affine_cotangent(precision, c, seen, facts, w):
     e = jnp.maximum(exponent(c, _LANES, keepdims=True) - below, -most)
     e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
     square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
-    delta = square(scale(c, -e))
+    scaled = scale(c, -e)
+    delta = square(scaled)
     if seen.shape[1] != w.shape[0]:
         gram = jnp.tensordot(seen, c, 1, precision=precision)
-        grad_w = jnp.sum(gram * scale(c, -e), _LANES) * scale(jnp.ones((), c.dtype), -e)[0, :, 0]
+        grad_w = jnp.sum(gram * scaled, _LANES) * scale(jnp.ones((), c.dtype), -e)[0, :, 0]
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
     else:
-        grad_w = square(scale(jnp.tensordot(seen.T, c, 1, precision=precision), -e))
+        grad_w = square(jnp.tensordot(seen.T, scaled, 1, precision=precision))
     sums = delta, grad_w, square(scale(jnp.sum(c, axis=0, keepdims=True), -e)), square(scale(c_in, -e_in)), sumsq_h
     e, e_in = e[0, :, 0].astype(c.dtype), e_in[0, :, 0].astype(c.dtype)
     pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
