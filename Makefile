@@ -39,6 +39,8 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+	$(BIN)/python experiments/benchmarks/phase_diagram.py
+	$(BIN)/python experiments/benchmarks/monitor_overhead.py
 
 # On CPU a stated fraction of it, extrapolated.
 bench-million: .venv/.test

@@ -3,8 +3,10 @@
 import sys
 from pathlib import Path
 
+import jax
+
 import vgrad.activations
-from vgrad import plots, store, study
+from vgrad import plots, store, study, theory_plots
 
 HERE = Path(__file__).parent
 
@@ -24,6 +26,9 @@ def main(results: Path) -> None:
     dataset = store.load(results)
     (HERE / "study.txt").write_text(f"{study.table(dataset)}\n\n{dataset.attrs['data']}; {dataset.attrs['device']}\n")
     plots.save_all(dataset, HERE)
+    with jax.enable_x64(True):
+        diagram = theory_plots.diagram("tanh", (0.3, 3.0), (0.0, 1.5), 96)
+        theory_plots.phase_diagram(diagram).savefig(HERE / "phase_tanh.png", dpi=130)
 
 
 if __name__ == "__main__":
