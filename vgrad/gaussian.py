@@ -269,11 +269,11 @@ def _orthant(h, k, c):
     """P(x > h, y > k) of standard normals of correlation c []: Plackett's integral over the angle. h [M, 1], k [1, M] -> [M, M]."""
     angle = jnp.arcsin(c)
     left, right, weight = (jnp.asarray(a, c.dtype)[None, None] for a in _trapezoid(0.4))
-    theta = angle * right
-    # cos(theta) near a right angle, from the distance to it
-    cos = jnp.where(angle > 0, jnp.sin(0.5 * np.pi - angle + angle * left), jnp.cos(theta))
+    # sin and cos of theta from its distance to a right angle, where 1 - sin would be rounding noise
+    gap = jnp.where(angle > 0, 0.5 * np.pi - angle + angle * left, 0.5 * np.pi - angle * right)
     h, k = h[:, :, None], k[:, :, None]
-    quadratic = (jnp.square(h - k) + 2 * h * k * (1 - jnp.sin(theta))) / (2 * jnp.square(jnp.maximum(cos, 1e-30)))
+    quadratic = jnp.square(h - k) + 4 * h * k * jnp.square(jnp.sin(0.5 * gap))
+    quadratic = jnp.maximum(quadratic, 0) / (2 * jnp.square(jnp.maximum(jnp.sin(gap), 1e-15)))
     integral = angle * jnp.sum(jnp.exp(-quadratic) * weight, axis=-1)
     return ndtr(-h[:, :, 0]) * ndtr(-k[:, :, 0]) + integral / (2 * np.pi)
 
