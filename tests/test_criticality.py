@@ -131,3 +131,10 @@ def test_maps_and_differentiates(x64):
     np.testing.assert_allclose(jax.vmap(line)(jnp.asarray(biases)), [line(b) for b in biases], rtol=1e-9)
     h = 1e-4
     np.testing.assert_allclose(jax.grad(line)(0.2), (line(0.2 + h) - line(0.2 - h)) / (2 * h), rtol=1e-5)
+
+
+def test_at_no_bias_the_lengths_near_zero_are_one_point(x64):
+    for phi in ("tanh", "erf", "sin"):
+        found = mf.critical_points(phi, 0.0)
+        assert float(found.q[0]) == 0
+        assert np.isnan(found.q[1:]).all()

@@ -88,7 +88,10 @@ def critical_points(phi: AnyPhi, sigma_b: Real = 0.0, *, num: int = 4) -> Critic
         return q - second_moment(phi, q) / slope_moment(phi, q)
 
     lengths, values = table(bias, sigma_b.dtype)
-    scale_invariant = jnp.all(jnp.abs(values) <= 4096 * jnp.finfo(values.dtype).eps * lengths)
+    noise = jnp.abs(values) <= 4096 * jnp.finfo(values.dtype).eps * lengths
+    scale_invariant = jnp.all(noise)
+    # At sigma_b = 0 a length so small that nothing bends is a root to rounding; q = 0 stands for them all.
+    values = jnp.where((sigma_b == 0) & noise, 0.0, values)
     roots = all_roots(lambda q: bias(q) - sigma_b**2, (lengths, values - sigma_b**2), num)
     any_length = jnp.where((jnp.arange(num) == 0) & (sigma_b == 0), 1.0, jnp.nan)
     roots = jnp.where(scale_invariant, any_length, roots)
