@@ -85,7 +85,8 @@ def predict(
       loss: "cross_entropy", "squared_error", or one of these functions of `vgrad.losses`.
     Returns:
       `Prediction`. The mean is that of infinite width; a network of width N differs by O(L / N) of its logarithm, and its seeds
-        scatter by `std_log_delta`. Cross-entropy logits come from fixed draws, good to 1e-3 in ln ||delta||.
+        scatter by `std_log_delta`. Cross-entropy logits come from fixed draws, good to about 3e-3 in ln ||delta|| and 1e-2 in
+        ln ||dW||.
     Raises:
       ValueError, TypeError: bad shapes, names, sigmas, as the network's own constructors raise them.
     """
