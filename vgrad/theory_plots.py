@@ -73,7 +73,8 @@ def diagram(phi: str | Phi, sigma_w=(0.3, 3.0), sigma_b=(0.0, 1.5), points: int 
 
 
 def phase_diagram(d: Diagram) -> Figure:
-    """ln chi_1 as a map; the critical line, dashed where its length repels; contours of 6 xi_c, the depth one can train.
+    """ln chi_1 as a map; the critical line, dashed where its length repels; contours of 6 xi_c, the depth one can train,
+    and behind it in brackets the depth scale xi_c itself.
 
     Hatched: the length grows without bound. Where the whole line is the one point sigma_b = 0, as for relu, it is a dot.
     """
@@ -95,7 +96,7 @@ def phase_diagram(d: Diagram) -> Figure:
     if drawn:
         style = dict(levels=drawn, colors="black", linewidths=0.9, linestyles=[":", "-.", "--", "-"][: len(drawn)])
         lines = ax.contour(d.sigma_w, d.sigma_b, np.where(unbounded, np.nan, finite), **style)
-        ax.clabel(lines, fmt=lambda v: f"{v:g}", fontsize=8)
+        ax.clabel(lines, fmt=lambda v: f"{v:g} ({v / _TRAINABLE:.3g})", fontsize=8)
     sigma_w, sigma_b, chi_par = d.line
     stays = chi_par <= 1 + 1e-5
     for kept, style, label in ((stays, "-", "critical"), (~stays, "--", r"$\chi_1 = 1$, the length repels")):
@@ -104,7 +105,7 @@ def phase_diagram(d: Diagram) -> Figure:
             one_point = np.nanmax(at) - np.nanmin(at) < 1e-9
             look = dict(color="crimson", linewidth=2.4, markersize=8, label=label)
             ax.plot(sigma_w, at, style, marker="o" if one_point else None, clip_on=not one_point, **look)
-    ax.plot([], [], "-.", color="black", linewidth=0.9, label=r"trainable depth $6\,\xi_c$, layers")
+    ax.plot([], [], "-.", color="black", linewidth=0.9, label=r"trainable depth $6\,\xi_c$ (depth scale $\xi_c$), layers")
     ax.set(xlabel=r"$\sigma_w$ (weight std times $\sqrt{\mathrm{fan\ in}}$)", ylabel=r"$\sigma_b$ (bias std)")
     ax.set(xlim=(d.sigma_w[0], d.sigma_w[-1]), ylim=(d.sigma_b[0], d.sigma_b[-1]))
     ax.set_title(f"{d.phi}: gradients vanish where $\\ln\\chi_1 < 0$ and explode where it is $> 0$")
