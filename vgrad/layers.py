@@ -127,23 +127,36 @@ def _by_lanes(fn):
 def _affine_cotangent(precision, c, seen, facts, w):
     """Lanes c [B, D, N_out] -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone."""
     sumsq_h, k, e_w = facts
-    c_in = jnp.dot(c, w.T, precision=precision)
+    c_in, by_gram = jnp.dot(c, w.T, precision=precision), seen.shape[1] != w.shape[0]
     # Each lane in units a little below its largest entry, so that what cancels in a sum over it is still seen when squared.
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-    e = jnp.maximum(exponent(c, _LANES, keepdims=True) - below, -most)
-    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
     square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
-    scaled = scale(c, -e)
-    delta = square(scaled)
-    if seen.shape[1] != w.shape[0]:
-        gram = jnp.tensordot(seen, c, 1, precision=precision)
-        grad_w = jnp.sum(gram * scaled, _LANES) * scale(jnp.ones((), c.dtype), -e)[0, :, 0]
+    in_units = lambda a, e: scale(a, -e[None, :, None])  # noqa: E731
+
+    def grad_w_of(c):
+        product = jnp.tensordot(seen if by_gram else seen.T, c, 1, precision=precision)
+        return jnp.sum(product * c, _LANES) if by_gram else square(product)
+
+    def in_own_units():
+        e = jnp.maximum(exponent(c, _LANES) - below, -most)
+        scaled = in_units(c, e)
+        return e, square(scaled), grad_w_of(scaled)
+
+    sumsq = square(c)
+
+    def as_it_is():
+        units = 2.0 ** (2 * below)
+        return jnp.full(sumsq.shape, -below, jnp.int32), sumsq * units, grad_w_of(c) * units
+
+    # Lanes come rescaled, so that only behind slopes which are all but zero is it worth two more passes to find their units.
+    e, delta, grad_w = lax.cond(jnp.all(jnp.abs(jnp.log2(sumsq)) < below), as_it_is, in_own_units)
+    if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    else:
-        grad_w = square(jnp.tensordot(seen.T, scaled, 1, precision=precision))
-    sums = delta, grad_w, square(scale(jnp.sum(c, axis=0, keepdims=True), -e)), square(scale(c_in, -e_in)), sumsq_h
-    e, e_in = e[0, :, 0].astype(c.dtype), e_in[0, :, 0].astype(c.dtype)
+    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
+    grad_b = square(in_units(jnp.sum(c, axis=0, keepdims=True), e))
+    sums = delta, grad_w, grad_b, square(in_units(c_in, e_in)), sumsq_h
+    e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
     pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
     return c_in, jnp.stack(pairs, axis=-1)
 
