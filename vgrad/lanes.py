@@ -190,6 +190,9 @@ def descend(lanes: Lanes, entries, stack: Stack):
         c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)), in_axes=1, out_axes=(1, 0))(c)
         # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
         by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
+        # A lane of NaN has no exponent. Said by its norm, so that the norms come before the new c, which can then take the old
+        # one's memory: else c is copied at every layer.
+        by = jnp.where(jnp.isnan(norms[None, :, :1, 0]), 0, by)
         return admit(scale(c, -by), e + by[0, :, 0], l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
 
     def segment(s, state):

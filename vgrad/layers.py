@@ -89,25 +89,28 @@ def _probed_dot(precision, m, k, w, probe):
 
 def _probed_dot_fwd(precision, m, k, w, probe):
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
-    by_gram = m.shape[0] < m.shape[1]
+    # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
+    by_gram = m.shape[0] < min(w.shape)
     seen = jnp.dot(m, m.T, precision=precision) if by_gram else m
     facts = jnp.stack([jnp.sum(jnp.square(m)), k.astype(m.dtype), exponent(w).astype(m.dtype)])
     return _probed_dot(precision, m, k, w, probe), (seen, facts, w)
 
 
 def _probed_dot_bwd(precision, residuals, c):
-    c_in, norms = _by_lanes(partial(_affine_cotangent, precision))(c, *residuals)
+    cotangent = partial(_affine_cotangent, precision)
+    c_in, norms = _by_lanes(cotangent, partial(cotangent, branch=False))(c, *residuals)
     return c_in, None, None, norms
 
 
-def _by_lanes(fn):
+def _by_lanes(fn, otherwise=None):
     """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [B, D, N] -> ([B, D, M], [D, ...]).
 
     `vmap` of the result over c alone calls `fn` once, lanes in the middle. Its own rules would move them to the front, which costs
-    a transposition of all lanes at every layer.
+    a transposition of all lanes at every layer. Over anything more it is the `vmap` of `otherwise`, the same function in a form
+    that suits it.
     """
 
-    def single(c, *rest):
+    def single(fn, c, *rest):
         out, *others = fn(c[:, None], *rest)
         return out[:, 0], *(o[0] for o in others)
 
@@ -116,22 +119,27 @@ def _by_lanes(fn):
             out, *others = fn(jnp.moveaxis(c, 0, 1), *rest)
             out = jnp.moveaxis(out, 1, 0), *others
         else:
-            out = jax.vmap(single, in_axes=[0 if b else None for b in in_batched])(c, *rest)
+            out = jax.vmap(partial(single, otherwise or fn), in_axes=[0 if b else None for b in in_batched])(c, *rest)
         return out, (True,) * len(out)
 
-    one = jax.custom_batching.custom_vmap(single)
+    one = jax.custom_batching.custom_vmap(partial(single, fn))
     one.def_vmap(rule)
     return one
 
 
-def _affine_cotangent(precision, c, seen, facts, w):
-    """Lanes c [B, D, N_out] -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone."""
+def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
+    """Lanes c [B, D, N_out] -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone.
+
+    Each lane is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen. Lanes come
+    rescaled, so only behind slopes that are all but zero is it worth two more passes to find these units. A batched conditional
+    would take both branches: then there is to be none.
+    """
     sumsq_h, k, e_w = facts
-    c_in, by_gram = jnp.dot(c, w.T, precision=precision), seen.shape[1] != w.shape[0]
-    # Each lane in units a little below its largest entry, so that what cancels in a sum over it is still seen when squared.
+    by_gram = seen.shape[1] != w.shape[0]
+    c_in = jnp.dot(c, w.T, precision=precision)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-    square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
     in_units = lambda a, e: scale(a, -e[None, :, None])  # noqa: E731
+    square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
 
     def grad_w_of(c):
         product = jnp.tensordot(seen if by_gram else seen.T, c, 1, precision=precision)
@@ -142,19 +150,20 @@ def _affine_cotangent(precision, c, seen, facts, w):
         scaled = in_units(c, e)
         return e, square(scaled), grad_w_of(scaled)
 
-    sumsq = square(c)
-
     def as_it_is():
         units = 2.0 ** (2 * below)
         return jnp.full(sumsq.shape, -below, jnp.int32), sumsq * units, grad_w_of(c) * units
 
-    # Lanes come rescaled, so that only behind slopes which are all but zero is it worth two more passes to find their units.
-    e, delta, grad_w = lax.cond(jnp.all(jnp.abs(jnp.log2(sumsq)) < below), as_it_is, in_own_units)
+    if branch:
+        sumsq = square(c)
+        e, delta, grad_w = lax.cond(jnp.all(jnp.abs(jnp.log2(sumsq)) < below), as_it_is, in_own_units)
+    else:
+        e, delta, grad_w = in_own_units()
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
     grad_b = square(in_units(jnp.sum(c, axis=0, keepdims=True), e))
+    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
     sums = delta, grad_w, grad_b, square(in_units(c_in, e_in)), sumsq_h
     e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
     pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
