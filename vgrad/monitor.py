@@ -13,8 +13,8 @@ gradient and an exactly zero one have no place in an average of logarithms; they
 
 A norm takes one pass over its array: the plain sum of squares, whose own value tells whether a square has under- or overflowed.
 Only then are the entries scaled by a power of two (see `vgrad.scaled`), so ||g|| = 1e-30 in float32 is a reading. A pass takes
-the time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step. The update monitor costs most:
-it makes the compiler write the updates to memory, which otherwise go straight into the parameters.
+the time of reading memory, whatever the batch; where that shows, `every=10` reads each tenth step, with two passes and no branch.
+The update monitor costs most: it makes the compiler write the updates to memory, which otherwise go straight into the parameters.
 """
 
 import math
@@ -128,24 +128,21 @@ def monitor(
             if jax.tree.structure(other) != tree:
                 raise ValueError(f"the updates form the tree {tree}, the {name} {jax.tree.structure(other)}; expected the same.")
         flags, dtypes = _flags(stacked, updates), [leaf.dtype for leaf in jax.tree.leaves(fields[0])]
+        # A conditional for each leaf: one around all of them would wait for the last gradient, and so would the optimizer.
         due = lambda read, keep, *xs: read(*xs) if every == 1 else lax.cond(steps % every == 0, read, keep, *xs)  # noqa: E731
 
-        def norms(arrays):
-            leaves = zip(jax.tree.leaves(arrays), flags, dtypes, strict=True)
-            return tree.unflatten([_log_norm(x, flag).astype(dtype) for x, flag, dtype in leaves])
-
-        def read(updates, weights, fields):
-            sizes = [jnp.size(u) for u in jax.tree.leaves(updates)]
-            leaves = zip(sizes, *(jax.tree.leaves(t) for t in (norms(updates), weights, *fields)), strict=True)
-            rows = [_reading(of, decay, steps // every + 1, *leaf) for leaf in leaves]
-            return [tree.unflatten([row[i] for row in rows]) for i in range(len(fields))]
+        def of_leaf(update, weight, flag, dtype, *fields):
+            norm = lambda x: _log_norm(x, flag, quick=every == 1).astype(dtype)  # noqa: E731
+            # The parameter has one of its own, or it could not be updated in place.
+            log_w = due(norm, lambda _: fields[-1], weight)
+            read = lambda u, *rest: _reading(of, decay, steps // every + 1, jnp.size(u), norm(u), *rest)  # noqa: E731
+            return due(read, lambda u, w, *fields: fields, update, log_w, *fields)
 
         # Readings are no part of what is trained: a derivative through a training step must not meet the ln of a zero norm.
-        updates_seen, params, fields = lax.stop_gradient((updates, params, fields))
-        # Parameters in a conditional of their own: in one with the gradients they could not be updated in place before the last
-        # gradient is there.
-        weights = due(norms, lambda _: fields[-1], params)
-        fields = due(read, lambda u, w, fields: fields, updates_seen, weights, fields)
+        seen = lax.stop_gradient((updates, params, *fields))
+        leaves = zip(*(jax.tree.leaves(t) for t in seen[:2]), flags, dtypes, *(jax.tree.leaves(t) for t in seen[2:]), strict=True)
+        rows = [of_leaf(*leaf) for leaf in leaves]
+        fields = [tree.unflatten([row[i] for row in rows]) for i in range(len(fields))]
         return updates, _STATES[of](optax.safe_increment(steps), *fields)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -188,20 +185,22 @@ def _reading(of, decay, num, size, seen, w, last, average, low, high, num_nonfin
     return seen, average, low, high, num_nonfinite, num_zero, w
 
 
-def _log_norm(x, stacked):
-    """ln of the Frobenius norm of x, or of each of its rows; NaN where it holds a NaN or inf."""
+def _log_norm(x, stacked, *, quick):
+    """ln of the Frobenius norm of x, or of each of its rows; NaN where it holds a NaN or inf. If not `quick` it is without a branch."""
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)
     x = x.astype(_wide(x.dtype))
-    f = jnp.finfo(x.dtype)
-    sumsq = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)) if stacked else None)
-    # Squares below the least normal number are lost; from this sum on, all of them together are less than its rounding.
-    sound = (sumsq < jnp.inf) & (sumsq >= max(x.size, 1) * float(f.tiny) / float(f.eps))
 
     def careful(x):
         exact = log(norm(Scaled(x, jnp.zeros((), jnp.int32))))
         return jnp.where(exact < jnp.inf, exact, jnp.nan)
 
     rows = jax.vmap(careful) if stacked else careful
+    if not quick:
+        return rows(x)
+    f = jnp.finfo(x.dtype)
+    sumsq = jnp.sum(jnp.square(x), axis=tuple(range(1, x.ndim)) if stacked else None)
+    # Squares below the least normal number are lost; from this sum on, all of them together are less than its rounding.
+    sound = (sumsq < jnp.inf) & (sumsq >= max(x.size, 1) * float(f.tiny) / float(f.eps))
     return lax.cond(jnp.all(sound), lambda x: 0.5 * jnp.log(sumsq), rows, x)

@@ -6,8 +6,8 @@ tokens, thousands a step. The table says from how many rows on the target is met
 
 All variants take turns in blocks of ten steps in one process, starting from another one each round. Processor time counts, because
 other users of the machine disturb it less than the clock on the wall, and of it the least over the rounds, of the block that they
-disturbed least; a second plain variant shows what is left of the noise. Six minutes on two quiet cores, `--quick` (figures that
-mean nothing) half a minute.
+disturbed least; a second plain variant shows what is left of the noise, and a bare sum over each gradient what any reading must
+cost. Six minutes on two quiet cores, `--quick` (figures that mean nothing) half a minute.
 """
 
 import dataclasses
@@ -29,8 +29,17 @@ from table import align
 import vgrad
 
 TARGET, BLOCK = 0.02, 10
+
+
+def bare_sum():
+    """Keeps one plain sum over each gradient and nothing else: what no reading of every step can do without."""
+    sums = lambda tree: jax.tree.map(lambda g: jnp.sum(jnp.abs(g)), tree)  # noqa: E731
+    return optax.GradientTransformation(sums, lambda updates, state, params=None: (updates, sums(updates)))
+
+
 VARIANTS = {
     "plain, again": lambda: optax.adam(1e-3),
+    "a bare sum of |g|": lambda: optax.chain(bare_sum(), optax.adam(1e-3)),
     "monitor()": lambda: optax.chain(vgrad.monitor(), optax.adam(1e-3)),
     "monitor(every=10)": lambda: optax.chain(vgrad.monitor(every=10), optax.adam(1e-3)),
     'monitor(), monitor("update")': lambda: optax.chain(vgrad.monitor(), optax.adam(1e-3), vgrad.monitor("update")),
@@ -131,8 +140,9 @@ def report(result: dict[str, Any]) -> str:
         f"{result['cores']} cores, JAX on {result['device']}; {versions}. Step: processor time over all cores, the least of "
         f"{rounds} rounds of blocks of {BLOCK} steps that take turns; the median is that of the ratio within a round.", "",
         *warning, *align(rows), "",
-        "A reading passes over memory once for each array, however many rows a step has. The update monitor costs more: for it the "
-        "updates are written to memory, which without it they are not, Adam and the addition being one loop.",
+        "A reading passes over memory once for each array, the gradient and the parameter, however many rows a step has; the bare sum "
+        "is one such pass and nothing else. The update monitor costs more: for it the updates are written to memory, which without "
+        "it they are not, Adam and the addition being one loop.",
     ]) + "\n"  # fmt: skip
 
 
