@@ -186,7 +186,7 @@ def _reading(of, decay, num, size, seen, w, last, average, low, high, num_nonfin
 
 
 def _log_norm(x, stacked, *, quick):
-    """ln of the Frobenius norm of x, or of each of its rows; NaN where it holds a NaN or inf. If not `quick` it is without a branch."""
+    """ln of the Frobenius norm of x, or of each of its rows; NaN where it holds a NaN or inf. Without a branch unless `quick`."""
     x = jnp.asarray(x)
     if jnp.iscomplexobj(x):
         x = jnp.stack([x.real, x.imag], axis=-1)

@@ -39,7 +39,7 @@ def bare_sum():
 
 VARIANTS = {
     "plain, again": lambda: optax.adam(1e-3),
-    "a bare sum of |g|": lambda: optax.chain(bare_sum(), optax.adam(1e-3)),
+    "a bare sum over each gradient": lambda: optax.chain(bare_sum(), optax.adam(1e-3)),
     "monitor()": lambda: optax.chain(vgrad.monitor(), optax.adam(1e-3)),
     "monitor(every=10)": lambda: optax.chain(vgrad.monitor(every=10), optax.adam(1e-3)),
     'monitor(), monitor("update")': lambda: optax.chain(vgrad.monitor(), optax.adam(1e-3), vgrad.monitor("update")),
@@ -140,9 +140,9 @@ def report(result: dict[str, Any]) -> str:
         f"{result['cores']} cores, JAX on {result['device']}; {versions}. Step: processor time over all cores, the least of "
         f"{rounds} rounds of blocks of {BLOCK} steps that take turns; the median is that of the ratio within a round.", "",
         *warning, *align(rows), "",
-        "A reading passes over memory once for each array, the gradient and the parameter, however many rows a step has; the bare sum "
-        "is one such pass and nothing else. The update monitor costs more: for it the updates are written to memory, which without "
-        "it they are not, Adam and the addition being one loop.",
+        "A reading passes over memory once for each array, gradients and parameters, however many rows a step has; the bare "
+        "sum is one pass over the gradients alone. The update monitor costs more: for it the updates are written to memory, "
+        "which without it they are not, Adam and the addition being one loop.",
     ]) + "\n"  # fmt: skip
 
 
