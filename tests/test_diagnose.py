@@ -165,6 +165,7 @@ def test_the_advice_has_numbers():
 
 def test_value_and_gradient_stay_as_they_are():
     from vgrad.instrument import probes_for, run
+    from vgrad.probes import zero_token
     from vgrad.sites import analyse
 
     params = mlp()
@@ -174,7 +175,7 @@ def test_value_and_gradient_stay_as_they_are():
     assert len(plan.sites) == DEPTH
 
     def probed(leaves):
-        (loss,), _, _ = run(plan, closed.jaxpr, [*closed.consts, *leaves], probes_for(plan))
+        (loss,), _, _ = run(plan, closed.jaxpr, [*closed.consts, *leaves], probes_for(plan), zero_token())
         return loss
 
     value, grads = jax.jit(jax.value_and_grad(probed))(leaves)

@@ -7,6 +7,10 @@ import pytest
 from jax import lax
 
 import vgrad
+from vgrad.instrument import probes_for, run
+from vgrad.jaxprs import opened
+from vgrad.probes import zero_token
+from vgrad.sites import analyse
 
 B, N, T = 4, 6, 3
 KEYS = jax.random.split(jax.random.key(0), 12)
@@ -159,3 +163,28 @@ def test_equals_taps_and_grad(program):
         np.testing.assert_allclose(log_delta, expected[row][0], atol=1e-5)  # same maths, two routes
         if expected[row][1] is not None:
             np.testing.assert_allclose(log_grad_w, expected[row][1], atol=1e-5)
+
+
+def test_a_program_grows_in_proportion_to_its_sites():
+    """The compiler fuses what is cheap into all that need it, over and over: but not past a site."""
+
+    def instructions(depth):
+        leaves = [draw(1, N, N)] * depth
+
+        def loss(leaves):
+            x = X
+            for w in leaves:
+                x = x + jnp.tanh(x) @ w
+            return jnp.sum(x)
+
+        closed = jax.make_jaxpr(loss)(leaves)
+        plan, (jaxpr, consts) = analyse(closed, [str(i) for i in range(depth)]), opened(closed)
+
+        def grad(zero, leaves):
+            out, vjp = jax.vjp(lambda probes: run(plan, jaxpr, [*consts, *leaves], probes, zero)[:2], probes_for(plan))
+            return vjp(jax.tree.map(jnp.ones_like, out))
+
+        return jax.jit(grad).lower(zero_token(), leaves).compile().as_text().count(" = ")
+
+    few, more, most = map(instructions, (4, 8, 16))
+    assert most - more < 2.2 * (more - few)

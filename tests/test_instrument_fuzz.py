@@ -12,6 +12,7 @@ from jax import lax
 from vgrad.diagnose import rows_of
 from vgrad.instrument import probes_for, run
 from vgrad.jaxprs import opened
+from vgrad.probes import zero_token
 from vgrad.sites import analyse
 
 B, N, T = 2, 3, 2
@@ -149,7 +150,7 @@ def measured(steps, params, x):
     jaxpr, consts = opened(closed)
 
     def probed(probes):
-        (loss,), token, _ = run(plan, jaxpr, [*consts, *leaves, x], probes)
+        (loss,), token, _ = run(plan, jaxpr, [*consts, *leaves, x], probes, zero_token())
         return loss, token
 
     (loss, token), vjp = jax.vjp(probed, probes_for(plan))

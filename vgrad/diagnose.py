@@ -8,8 +8,8 @@ one backward pass reads them all,
 
     delta = dJ/dz,    dJ/dW = (dz/dW)^T delta,
 
-at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient, and a compilation,
-which on CPU grows faster than the number of sites: seconds for twenty, minutes for a hundred written out, little in a scan.
+at any magnitude: cotangents are carried as numbers and a common power of two. It costs about one gradient and its compilation:
+seconds for a hundred sites that are written out, little in a scan.
 
 >>> import jax, jax.numpy as jnp, vgrad
 >>> params = [jax.random.normal(key, (50, 50)) / 50**0.5 for key in jax.random.split(jax.random.key(0), 12)]
@@ -23,18 +23,20 @@ which on CPU grows faster than the number of sites: seconds for twenty, minutes 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vgrad.base import Array
 from vgrad.diagnosis import Diagnosis, following_site
 from vgrad.instrument import probes_for, run
 from vgrad.jaxprs import opened
+from vgrad.probes import zero_token
 from vgrad.sites import Plan, Site, analyse, tap
 
-__all__ = ["Diagnosis", "diagnose", "rows_of", "tap"]
+__all__ = ["Diagnosis", "Program", "diagnose", "instrumented", "rows_of", "tap"]
 
 
 def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batches: Sequence[tuple] | None = None) -> Diagnosis:
@@ -58,22 +60,51 @@ def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batch
     runs = [args] if batches is None else [b if isinstance(b, tuple) else (b,) for b in batches]
     if not runs:
         raise ValueError("batches is empty, expected at least one tuple of arguments.")
+    program, arrays = instrumented(loss_fn, params, runs[0], has_aux=has_aux, alone=len(runs) == 1)
+    read = []
+    for other in runs:
+        now, _ = _arrays(other)
+        if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
+            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop the last.")
+        read.append(jax.device_get(program.measure(zero_token(), program.consts, program.leaves, now)))
+    return _assemble(program.plan, program.names, program.leaves, read)
+
+
+class Program(NamedTuple):
+    """A loss that was traced and instrumented.
+
+    Attributes:
+      plan: its sites.
+      names, leaves: its parameters.
+      consts: the arrays it closes over.
+      measure: jitted (zero token, consts, leaves, arrays) -> (loss, readings by site, which leaves are not finite). What is closed
+        over is an argument too: large data would be compiled in.
+    """
+
+    plan: Plan
+    names: list[str]
+    leaves: list[Array]
+    consts: list
+    measure: Callable
+
+
+def instrumented(loss_fn: Callable, params, args: tuple, *, has_aux: bool = False, alone: bool = True) -> tuple[Program, list]:
+    """The program behind `diagnose`, and the arrays in `args`. `alone`: it may be traced for these arrays and no others."""
     names, leaves, rebuild = _parameters(params)
-    arrays, restore = _arrays(runs[0])
-    closed = _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays, alone=len(runs) == 1)
+    arrays, restore = _arrays(args)
+    closed = _trace(loss_fn, has_aux, rebuild, restore, leaves, arrays, alone=alone)
     plan = analyse(closed, names)
     if not plan.sites:
         raise ValueError(
             f"no site found: no matrix product, convolution or tap is fed by the parameters {', '.join(names[:5])}. Expected "
             "weights that reach a product through reshape, transpose or slice; mark other values by vgrad.tap(x, 'name')."
         )
-
     jaxpr, consts = opened(closed)
 
     @jax.jit
-    def measure(consts, leaves, arrays):  # what is closed over is an argument too: as constants, large data would be compiled in
+    def measure(zero, consts, leaves, arrays):
         def probed(probes):
-            out, token, facts = run(plan, jaxpr, [*consts, *leaves, *arrays], probes)
+            out, token, facts = run(plan, jaxpr, [*consts, *leaves, *arrays], probes, zero)
             return (out[0], token), facts
 
         (loss, token), vjp, facts = jax.vjp(probed, probes_for(plan), has_aux=True)
@@ -81,13 +112,7 @@ def diagnose(loss_fn: Callable, params: Any, *args, has_aux: bool = False, batch
         bad = [~jnp.all(jnp.isfinite(leaf)) for leaf in leaves]
         return loss, _by_site(plan, stats, facts), bad
 
-    read = []
-    for other in runs:
-        now, _ = _arrays(other)
-        if jax.tree.map(_kind, now) != jax.tree.map(_kind, arrays):
-            raise ValueError("batches differ in the shapes or dtypes of their arrays, expected equal ones: drop the last.")
-        read.append(jax.device_get(measure(consts, leaves, now)))
-    return _assemble(plan, names, leaves, read)
+    return Program(plan, names, leaves, consts, measure), arrays
 
 
 def _parameters(params):

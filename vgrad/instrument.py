@@ -38,8 +38,10 @@ def probes_for(plan: Plan) -> dict[Path, Array]:
     }
 
 
-def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array]) -> tuple[list, Array, Facts]:
+def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array], zero: Array) -> tuple[list, Array, Facts]:
     """Evaluates a traced function with its probes, on the values of its constants and arguments.
+
+    `zero` is the token to begin with, an argument of the compiled program: the compiler is not to know its value, see `split`.
 
     Returns:
       (outputs, token, facts). The cotangent to give the token is the exponent of the cotangents given to the outputs. Facts are
@@ -50,7 +52,7 @@ def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array]) -> tuple[lis
     phi_at: dict[Path, list[Path]] = {}
     for site, (at, _, _) in plan.phi.items():
         phi_at.setdefault(at, []).append(site)
-    scope = _Scope(plan, inside, phi_at, probes, {"token": zero_token()}, {}, [])
+    scope = _Scope(plan, inside, phi_at, probes, {"token": zero}, {}, [])
     out, _, _ = scope.walk(jaxpr, values, [False] * len(values), (), {})
     return out, scope.state["token"], scope.facts
 

@@ -106,8 +106,7 @@ def _by_lanes(fn, otherwise=None):
     """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [B, D, N] -> ([B, D, M], [D, ...]).
 
     `vmap` of the result over c alone calls `fn` once, lanes in the middle. Its own rules would move them to the front, which costs
-    a transposition of all lanes at every layer. Over anything more it is the `vmap` of `otherwise`, the same function in a form
-    that suits it.
+    a transposition of all lanes at every layer. Over more than c it is the `vmap` of `otherwise`, which is fn where none is given.
     """
 
     def single(fn, c, *rest):
@@ -145,20 +144,16 @@ def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
         product = jnp.tensordot(seen if by_gram else seen.T, c, 1, precision=precision)
         return jnp.sum(product * c, _LANES) if by_gram else square(product)
 
-    def in_own_units():
-        e = jnp.maximum(exponent(c, _LANES) - below, -most)
-        scaled = in_units(c, e)
+    def in_own_units(_):
+        scaled = in_units(c, e := jnp.maximum(exponent(c, _LANES) - below, -most))
         return e, square(scaled), grad_w_of(scaled)
 
-    def as_it_is():
-        units = 2.0 ** (2 * below)
-        return jnp.full(sumsq.shape, -below, jnp.int32), sumsq * units, grad_w_of(c) * units
+    def as_it_is(sumsq):
+        return jnp.full_like(sumsq, -below, jnp.int32), sumsq * 2.0 ** (2 * below), grad_w_of(c) * 2.0 ** (2 * below)
 
-    if branch:
-        sumsq = square(c)
-        e, delta, grad_w = lax.cond(jnp.all(jnp.abs(jnp.log2(sumsq)) < below), as_it_is, in_own_units)
-    else:
-        e, delta, grad_w = in_own_units()
+    sumsq = square(c)
+    ordinary = jnp.all(jnp.abs(jnp.log2(sumsq)) < below)
+    e, delta, grad_w = lax.cond(ordinary, as_it_is, in_own_units, sumsq) if branch else in_own_units(None)
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)

@@ -90,17 +90,19 @@ def split(groups, ports, token: Array):
     Args:
       groups: tuple of lists of arrays.
       ports: the zero tokens that are to go with the groups; one of shape [T] goes with values that have a leading axis T.
-      token: the one that they are split from. Its value is returned in none: it is zero.
+      token: the one that they are split from: zero, which the compiler should not know. A compiler that fuses what is cheap, such
+        as a sum or a product by a power of two, would write the way down to a site out anew at every site, and programs would grow
+        as the square of their sites. Divisions are not cheap, so there it stops: cotangents and exponents are divided, exactly.
     Returns:
       (groups, ports).
     """
-    return groups, ports
+    return groups, tuple(jnp.broadcast_to(token, p.shape) for p in ports)
 
 
-def _split_bwd(_, cotangents):
+def _split_bwd(token, cotangents):
     groups, exponents = cotangents
     if len(groups) == 1:
-        return _settled(groups[0], exponents[0])
+        return _settled(groups[0], exponents[0], 1 + token)
     tops = [_top(c, e.ndim) + e for group, e in zip(groups, exponents, strict=True) for c in group if c.size]
     highest = jnp.max(jnp.stack([jnp.max(t) for t in tops])) if tops else jnp.asarray(_NONE, jnp.float32)
     # Where all is zero, the exponent stays that of the first group.
@@ -109,7 +111,7 @@ def _split_bwd(_, cotangents):
     return scaled, tuple(jnp.zeros_like(e) for e in exponents), highest
 
 
-def _settled(cotangents, e):
+def _settled(cotangents, e, one):
     """One group: nothing in it is further from order 1 than the range of its dtype, so that one factor does."""
     tops = [jnp.max(_wide(c), initial=0).astype(jnp.float32) for c in cotangents]
     most = min(reach(c.dtype) for c in cotangents)
@@ -118,12 +120,13 @@ def _settled(cotangents, e):
     def scaled(c):
         if jnp.iscomplexobj(c):
             return lax.complex(scaled(c.real), scaled(c.imag))
-        return scale(c, -by)
+        # By an array: a quotient by one number would be made a product by its inverse, and that is cheap.
+        return c / jnp.where(jnp.isnan(c), c, scale(jnp.ones((), c.dtype), by))
 
-    return ([scaled(c) for c in cotangents],), (jnp.zeros_like(e),), e + by.astype(e.dtype)
+    return ([scaled(c) for c in cotangents],), (jnp.zeros_like(e),), (e + by.astype(e.dtype)) / one  # see `split`
 
 
-split.defvjp(lambda groups, ports, token: ((groups, ports), None), _split_bwd)
+split.defvjp(lambda groups, ports, token: (split(groups, ports, token), token), _split_bwd)
 
 
 def _times(c, e):
