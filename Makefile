@@ -41,6 +41,7 @@ bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
 	$(BIN)/python experiments/benchmarks/phase_diagram.py
 	$(BIN)/python experiments/benchmarks/monitor_overhead.py
+	$(BIN)/python experiments/benchmarks/diagnose_cost.py
 
 # On CPU a stated fraction of it, extrapolated.
 bench-million: .venv/.test
@@ -54,4 +55,4 @@ figures: study
 	$(BIN)/python docs/build.py results/study.nc
 
 clean:
-	rm -rf .venv results
+	rm -rf .venv results .pytest_cache

@@ -58,7 +58,7 @@ def memory(shape: Shape, bytes_per_number: int = 4) -> float:
     kept = hidden * b * (4 * n + min(b, n))
     moving = 8 * lanes * b * max(n, i, o)
     readings = 20 * lanes * max(depths)
-    return float(bytes_per_number * (3 * weights + kept + moving + readings))
+    return float(bytes_per_number * (weights + kept + moving + readings))
 
 
 def result_bytes(shape: Shape) -> float:

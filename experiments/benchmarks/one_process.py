@@ -1,7 +1,8 @@
 """One measurement in one fresh process. Takes a job as JSON on the command line, prints the figures as JSON.
 
 Cold is from the first line of the peer's own code to its first result: definition, tracing, compilation, run. The interpreter and
-its imports come before. Peak memory is that of the process, read before the matrix-product peak is measured.
+its imports come before. Peak memory is that of the process, read before the matrix-product peak is measured; program memory what
+the compiler says its program needs.
 """
 
 import importlib
@@ -48,6 +49,7 @@ def measure_peer(job) -> dict:
     warm = _repeat(call, job["warm_seconds"])
     figures = {"cold": cold, "wall": wall, **warm, "peak_mb": _peak_mb(), "before_mb": before}
     np.save(job["readings"], readings)
+    figures["program_mb"] = module.program_mb() if hasattr(module, "program_mb") else None
     return figures | {"product_gflops": _product_gflops(module), "device": module.device()}
 
 

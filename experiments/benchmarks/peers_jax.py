@@ -103,6 +103,16 @@ def masked(size: Size, weights: Weights):
     return measure
 
 
+_compiled: list = []
+
+
+def program_mb() -> float | None:
+    """MiB a device needs for the largest of the programs that were run: arguments, results and what is between."""
+    each = [m for m in (c.memory_analysis() for c in _compiled) if m is not None]
+    bytes_of = lambda m: m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes  # noqa: E731
+    return max(map(bytes_of, each)) / 2**20 if each else None
+
+
 def _mesh(num_seeds):
     num = math.gcd(num_seeds, len(jax.devices()))
     return jax.make_mesh((num,), ("S",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:num])
@@ -114,7 +124,15 @@ def _seeds(num_seeds):
 
     def over_seeds(one):
         run = partial(lax.map, one) if ON_CPU else jax.vmap(one)
-        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False))
+        program, compiled = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)), []
+
+        def call(params):
+            if not compiled:
+                compiled.append(program.lower(params).compile())
+                _compiled.extend(compiled)
+            return compiled[0](params)
+
+        return call
 
     return over_seeds, lambda a: jax.device_put(a, NamedSharding(mesh, rows))
 
