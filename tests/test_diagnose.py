@@ -453,3 +453,28 @@ def test_weights_computed_from_parameters(layer, rows):
     for site, leaves in rows.items():
         expected = 0.5 * np.log(sum(np.sum(np.square(np.asarray(grads[k], np.float64))) for k in leaves))
         np.testing.assert_allclose(found[site], expected, atol=1e-5, err_msg=site)  # same maths, two routes
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_scanned_block_may_start_with_its_activation(reverse):
+    """It then acts on what the iteration before left, or on what came into the loop: as in the same network written out."""
+    draws = jnp.stack([1.2 * jax.random.normal(k, (N, N)) / N**0.5 for k in KEYS[:DEPTH]])
+    params = {"in": draws[0], "stack": draws[1:-1], "out": draws[-1]}
+    turns = range(4, -1, -1) if reverse else range(5)
+
+    def scanned(params):
+        h, _ = lax.scan(lambda h, w: (jax.nn.relu(h) @ w, None), X @ params["in"], params["stack"], reverse=reverse)
+        return jnp.sum(jnp.square(jax.nn.relu(h) @ params["out"]))
+
+    def written_out(params):
+        h = X @ params["in"]
+        for i in turns:
+            h = jax.nn.relu(h) @ params["stack"][i]
+        return jnp.sum(jnp.square(jax.nn.relu(h) @ params["out"]))
+
+    report, expected = vgrad.diagnose(scanned, params), vgrad.diagnose(written_out, params)
+    assert report.activation == expected.activation
+    assert (expected.dead_fraction[:5] > 0).any()
+    for field in ("dead_fraction", "saturated_fraction"):
+        np.testing.assert_allclose(getattr(report, field)[:5], getattr(expected, field)[:5])
+        assert np.isnan(getattr(report, field)[5:]).all()  # what acts on the last turn comes after the loop

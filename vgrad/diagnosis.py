@@ -40,7 +40,8 @@ class Diagnosis(NamedTuple):
       log_w: ln ||W||.
       log_rms_z: ln of the root mean square of z, its bias included.
       zero_fraction: of the entries of delta that are exactly zero.
-      dead_fraction: of units whose activation is flat for every sample. NaN where the activation is not known.
+      dead_fraction: of units whose activation is flat for every sample. NaN where the activation is not known, and in the last turn
+        of a loop whose blocks start with it.
       saturated_fraction: of entries where the activation's slope is below a tenth of its greatest; for a relu, the inactive ones.
       log_gain_forward: ln rms z of the next deeper site minus that of this one.
       log_gain_backward: ln ||delta|| of this site minus that of the next deeper one: what the step toward the input did.

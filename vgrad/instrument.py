@@ -281,9 +281,20 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
     over = (ports, scope.own(here), [xs[k] for k in scanned])
     options = {k: eqn.params[k] for k in ("reverse", "unroll") if k in eqn.params}
     (token, values), (ys, ports, facts) = lax.scan(step, start, over, length=length, **options)
-    scope.facts.update(facts)
+    scope.facts.update({key: _in_time(scope.plan, key, x, here, eqn.params["reverse"]) for key, x in facts.items()})
     scope.state["token"] = scope.state["token"] + token + jnp.sum(ports)
     return [*values[len(moved) :], *ys], [True] * num_carry + static["hot"][num_carry:]
+
+
+def _in_time(plan: Plan, key, x, here, reverse):
+    """A fact of every iteration [T, ...], moved to the site it is of: an activation may act on what an earlier iteration left."""
+    path, kind = key
+    if kind != "phi" or path not in plan.late or plan.phi[path][0][: len(here)] != here:
+        return x
+    if path[: len(here)] != here:  # of a site before the loop, which the first iteration meets
+        return x[-1 if reverse else 0]
+    unknown = jnp.full_like(x[:1], jnp.nan)  # what acts on the last iteration comes after the loop
+    return jnp.concatenate([unknown, x[:-1]] if reverse else [x[1:], unknown])
 
 
 _ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}

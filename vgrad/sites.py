@@ -76,6 +76,7 @@ class Plan(NamedTuple):
       sites: the sites.
       biased: equation that adds the bias -> the sites whose preactivation is then complete.
       phi: site -> (equation, its operand, name) of the activation behind it.
+      late: the sites whose activation is that equation in the next iteration of their loop.
       derived: equations that compute something from parameters alone -> the operand that comes from the leaf to name.
       biases: the leaves that are added to a product.
       stacked: the leaves that are scanned over.
@@ -86,6 +87,7 @@ class Plan(NamedTuple):
     sites: dict[Path, Site]
     biased: dict[Path, tuple[Path, ...]]
     phi: dict[Path, tuple[Path, int, str]]
+    late: set[Path]
     derived: dict[Path, int]
     biases: set[int]
     stacked: set[int]
@@ -104,7 +106,7 @@ def analyse(closed, leaves: list[str]) -> Plan:
 
 
 def _empty() -> Plan:
-    return Plan({}, {}, {}, {}, set(), set(), {})
+    return Plan({}, {}, {}, set(), {}, set(), set(), {})
 
 
 class _Walk(NamedTuple):
@@ -205,12 +207,14 @@ class _Walk(NamedTuple):
         step = max([0, *(f.depth - base for f in out[:num_carry])])
         loops = (*self.loops, (len(here), length, step, reverse))
         out = self._replace(loops=loops).walk(body, [Flow()] * len(consts), inner, here)
-        # A block that starts with its activation meets the preactivations of the iteration before: then only the name is known.
+        # A block that starts with its activation meets the preactivations of the iteration before, or of before the loop.
         before = zip(flows[carry], inner[carry], out[:num_carry], strict=True)
         inner[carry] = [f._replace(tags=(*first.tags, *last.tags)) for first, f, last in before]
         scratch.walk(body, [Flow()] * len(consts), inner, here)
-        for site, (_, _, name) in scratch.plan.phi.items():
-            self.plan.phi.setdefault(site, ((), -1, name))
+        for site, phi in scratch.plan.phi.items():
+            if site not in self.plan.phi:
+                self.plan.phi[site] = phi
+                self.plan.late.add(site)
         return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
 
     def cond(self, eqn, flows, here):

@@ -124,13 +124,14 @@ def _seeds(num_seeds):
 
     def over_seeds(one):
         run = partial(lax.map, one) if ON_CPU else jax.vmap(one)
-        program, compiled = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)), []
+        program, compiled = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False)), {}
 
         def call(params):
-            if not compiled:
-                compiled.append(program.lower(params).compile())
-                _compiled.extend(compiled)
-            return compiled[0](params)
+            depth = jax.tree.structure(params)
+            if depth not in compiled:
+                compiled[depth] = program.lower(params).compile()
+                _compiled.append(compiled[depth])
+            return compiled[depth](params)
 
         return call
 
