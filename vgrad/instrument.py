@@ -22,7 +22,7 @@ from jax import lax
 from vgrad.base import Array
 from vgrad.flows import Path
 from vgrad.jaxprs import CHECKPOINTS, INLINED, Weights, bodies, evaluate, is_float, is_literal, opened, split_operands
-from vgrad.probes import NUM_STATS, flatness, norm_of, probe, seen, split, stats_dtype, zero_token
+from vgrad.probes import NUM_STATS, flatness, norm_of, of_turn_before, probe, seen, split, stats_dtype, zero_token
 from vgrad.sites import Plan
 
 __all__ = ["probes_for", "run"]
@@ -281,20 +281,11 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
     over = (ports, scope.own(here), [xs[k] for k in scanned])
     options = {k: eqn.params[k] for k in ("reverse", "unroll") if k in eqn.params}
     (token, values), (ys, ports, facts) = lax.scan(step, start, over, length=length, **options)
-    scope.facts.update({key: _in_time(scope.plan, key, x, here, eqn.params["reverse"]) for key, x in facts.items()})
+    for (path, kind), x in facts.items():
+        late = kind == "phi" and path in scope.plan.late and scope.plan.phi[path][0][: len(here)] == here
+        scope.facts[path, kind] = of_turn_before(x, path[: len(here)] == here, eqn.params["reverse"]) if late else x
     scope.state["token"] = scope.state["token"] + token + jnp.sum(ports)
     return [*values[len(moved) :], *ys], [True] * num_carry + static["hot"][num_carry:]
-
-
-def _in_time(plan: Plan, key, x, here, reverse):
-    """A fact of every iteration [T, ...], moved to the site it is of: an activation may act on what an earlier iteration left."""
-    path, kind = key
-    if kind != "phi" or path not in plan.late or plan.phi[path][0][: len(here)] != here:
-        return x
-    if path[: len(here)] != here:  # of a site before the loop, which the first iteration meets
-        return x[-1 if reverse else 0]
-    unknown = jnp.full_like(x[:1], jnp.nan)  # what acts on the last iteration comes after the loop
-    return jnp.concatenate([unknown, x[:-1]] if reverse else [x[1:], unknown])
 
 
 _ENTER = {"scan": _scan, "cond": _cond} | {name: _checkpoint for name in CHECKPOINTS}

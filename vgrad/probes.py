@@ -21,7 +21,7 @@ from vgrad import activations
 from vgrad.base import Array
 from vgrad.scaled import exponent, pow2, reach, scale
 
-__all__ = ["NUM_STATS", "flatness", "norm_of", "probe", "seen", "split", "stats_dtype", "zero_token"]
+__all__ = ["NUM_STATS", "flatness", "norm_of", "of_turn_before", "probe", "seen", "split", "stats_dtype", "zero_token"]
 
 NUM_STATS = 6  # of a probe: the norms of delta and of dJ/dW, the exponent that is common to both, the fraction of zeros in delta
 _NONE = -(2.0**30)  # the "exponent" of zero: below all others
@@ -57,6 +57,14 @@ def flatness(phi: str, z: Array, units: tuple[int, ...]) -> Array:
     dead = jnp.all(slope == 0, axis=tuple(a for a in range(z.ndim) if a not in units))
     flat = slope < 0.1 * max(map(abs, known.slope_range))
     return jnp.stack([jnp.mean(dead.astype(dtype)), jnp.mean(flat.astype(dtype))])
+
+
+def of_turn_before(x: Array, inside: bool, reverse: bool) -> Array:
+    """What each turn of a loop notes of the one before, [T, ...], given to that; if not `inside`, of what came into the loop."""
+    if not inside:
+        return x[-1 if reverse else 0]
+    unknown = jnp.full_like(x[:1], jnp.nan)  # of the last turn, which is read after the loop
+    return jnp.concatenate([unknown, x[:-1]] if reverse else [x[1:], unknown])
 
 
 @jax.custom_vjp
