@@ -36,12 +36,12 @@ def products(shape):
     sizes = [(shape.in_dim, n)] + [(n, n)] * (max(shape.depths) - 2)
     for fan_in, fan_out in sizes + [(n, shape.out_dim)] * len(shape.depths):
         yield b, fan_in, fan_out
-        if b < fan_in:
+        if b < min(fan_in, fan_out):
             yield b, fan_in, b
     for depth in shape.depths:
         for fan_in, fan_out in [(shape.in_dim, n)] + [(n, n)] * (depth - 2) + [(n, shape.out_dim)]:
             yield b, fan_out, fan_in
-            yield (b, b, fan_out) if b < fan_in else (fan_in, b, fan_out)
+            yield (b, b, fan_out) if b < min(fan_in, fan_out) else (fan_in, b, fan_out)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -478,3 +478,30 @@ def test_a_scanned_block_may_start_with_its_activation(reverse):
     for field in ("dead_fraction", "saturated_fraction"):
         np.testing.assert_allclose(getattr(report, field)[:5], getattr(expected, field)[:5])
         assert np.isnan(getattr(report, field)[5:]).all()  # what acts on the last turn comes after the loop
+
+
+def test_loops_in_loops_may_start_with_their_activations():
+    draws = jnp.stack([1.2 * jax.random.normal(k, (N, N)) / N**0.5 for k in KEYS[:6]])
+    params = {"in": draws[0], "mid": draws[1:3], "inner": jnp.stack([draws[2:4], draws[4:6]])}
+
+    def looped(params):
+        def outer(h, ws):
+            mid, inner = ws
+            h = jnp.tanh(h) @ mid  # of what came in, then of the inner loop's last turn
+            return lax.scan(lambda h, w: (jax.nn.relu(h) @ w, None), h, inner)[0], None
+
+        return jnp.sum(lax.scan(outer, X @ params["in"], (params["mid"], params["inner"]))[0] ** 2)
+
+    def written_out(params):
+        h = X @ params["in"]
+        for i in range(2):
+            h = jnp.tanh(h) @ params["mid"][i]
+            for w in params["inner"][i]:
+                h = jax.nn.relu(h) @ w
+        return jnp.sum(h**2)
+
+    report, expected = vgrad.diagnose(looped, params), vgrad.diagnose(written_out, params)
+    known = ["inner[0,1]" not in name and "inner[1,1]" not in name for name in report.site]
+    assert sum(known) == 5
+    for field in ("dead_fraction", "saturated_fraction"):
+        np.testing.assert_allclose(getattr(report, field)[known], getattr(expected, field)[known])

@@ -46,8 +46,8 @@ def flops(shape: Shape) -> float:
 
 
 def _norms(b, fan_in, fan_out, maps, lanes):
-    """||h^T c|| of so many affine maps and lanes: through the [B, B] Gram matrices where the batch is smaller than the fan-in."""
-    return 2 * b * b * (fan_in * maps + fan_out * lanes) if b < fan_in else 2 * b * fan_in * fan_out * lanes
+    """||h^T c|| of so many affine maps and lanes: through [B, B] Gram matrices where those are smaller."""
+    return 2 * b * b * (fan_in * maps + fan_out * lanes) if b < min(fan_in, fan_out) else 2 * b * fan_in * fan_out * lanes
 
 
 def memory(shape: Shape, bytes_per_number: int = 4) -> float:

@@ -282,8 +282,9 @@ def _scan(scope: _Scope, eqn, xs, hot, here):
     options = {k: eqn.params[k] for k in ("reverse", "unroll") if k in eqn.params}
     (token, values), (ys, ports, facts) = lax.scan(step, start, over, length=length, **options)
     for (path, kind), x in facts.items():
-        late = kind == "phi" and path in scope.plan.late and scope.plan.phi[path][0][: len(here)] == here
-        scope.facts[path, kind] = of_turn_before(x, path[: len(here)] == here, eqn.params["reverse"]) if late else x
+        before = path[: len(here)] != here  # then it was activated in the loop, which it came into
+        late = kind == "phi" and (before or scope.plan.late.get(path) == here)
+        scope.facts[path, kind] = of_turn_before(x, before, eqn.params["reverse"]) if late else x
     scope.state["token"] = scope.state["token"] + token + jnp.sum(ports)
     return [*values[len(moved) :], *ys], [True] * num_carry + static["hot"][num_carry:]
 

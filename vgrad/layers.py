@@ -6,7 +6,7 @@ cotangent on and gives, as the "gradient" of a dummy argument, norms of what it 
 
     ||delta||, ||dJ/dW||, ||dJ/db||, ||W^T delta||,      ||dJ/dW||_F^2 = sum((H H^T) * (D D^T)),
 
-the second from two [B, B] Gram matrices, so that dJ/dW is never formed where the batch is smaller than the fan-in. A block is
+the second from two [B, B] Gram matrices, so that dJ/dW is never formed where the batch is smaller than both widths. A block is
 written once; what is measured and what is trained are the same function.
 """
 

@@ -59,11 +59,11 @@ def flatness(phi: str, z: Array, units: tuple[int, ...]) -> Array:
     return jnp.stack([jnp.mean(dead.astype(dtype)), jnp.mean(flat.astype(dtype))])
 
 
-def of_turn_before(x: Array, inside: bool, reverse: bool) -> Array:
-    """What each turn of a loop notes of the one before, [T, ...], given to that; if not `inside`, of what came into the loop."""
-    if not inside:
-        return x[-1 if reverse else 0]
-    unknown = jnp.full_like(x[:1], jnp.nan)  # of the last turn, which is read after the loop
+def of_turn_before(x: Array, before: bool, reverse: bool) -> Array:
+    """What each turn of a loop notes of the one before, [T, ...], given to that; if of what was there `before` the loop, to it."""
+    unknown = jnp.full((1, *x.shape[1:]), jnp.nan, x.dtype)  # of the last turn, which is read after the loop
+    if before:
+        return jnp.concatenate([x[-1:] if reverse else x, unknown])[0]
     return jnp.concatenate([unknown, x[:-1]] if reverse else [x[1:], unknown])
 
 

@@ -76,7 +76,7 @@ class Plan(NamedTuple):
       sites: the sites.
       biased: equation that adds the bias -> the sites whose preactivation is then complete.
       phi: site -> (equation, its operand, name) of the activation behind it.
-      late: the sites whose activation is that equation in the next iteration of their loop.
+      late: sites whose activation is that equation in the next turn of a loop -> the loop.
       derived: equations that compute something from parameters alone -> the operand that comes from the leaf to name.
       biases: the leaves that are added to a product.
       stacked: the leaves that are scanned over.
@@ -87,7 +87,7 @@ class Plan(NamedTuple):
     sites: dict[Path, Site]
     biased: dict[Path, tuple[Path, ...]]
     phi: dict[Path, tuple[Path, int, str]]
-    late: set[Path]
+    late: dict[Path, Path]
     derived: dict[Path, int]
     biases: set[int]
     stacked: set[int]
@@ -106,7 +106,7 @@ def analyse(closed, leaves: list[str]) -> Plan:
 
 
 def _empty() -> Plan:
-    return Plan({}, {}, {}, set(), {}, set(), set(), {})
+    return Plan({}, {}, {}, {}, {}, set(), set(), {})
 
 
 class _Walk(NamedTuple):
@@ -214,7 +214,7 @@ class _Walk(NamedTuple):
         for site, phi in scratch.plan.phi.items():
             if site not in self.plan.phi:
                 self.plan.phi[site] = phi
-                self.plan.late.add(site)
+                self.plan.late[site] = here
         return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
 
     def cond(self, eqn, flows, here):
