@@ -39,6 +39,7 @@ check: .venv/.test
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py
+	$(BIN)/python experiments/benchmarks/floor.py
 	$(BIN)/python experiments/benchmarks/phase_diagram.py
 	$(BIN)/python experiments/benchmarks/monitor_overhead.py
 	$(BIN)/python experiments/benchmarks/diagnose_cost.py
