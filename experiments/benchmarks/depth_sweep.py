@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from peers import PEERS
-from table import report
+from table import report, save
 from workloads import SIZES, SIZES_QUICK, Size, nested_flops
 
 HERE = Path(__file__).parent
@@ -105,8 +105,7 @@ def main() -> None:
     text = report(result)
     print(text)
     if out:
-        out.write_text(json.dumps(result, indent=1) + "\n")
-        out.with_suffix(".md").write_text(text)
+        save(result, text, out)
 
 
 def _available(names):

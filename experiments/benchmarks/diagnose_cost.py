@@ -8,7 +8,6 @@ beside its arguments and results. Three minutes on two cores, of which the compi
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import time
@@ -20,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 from jax import lax
-from table import align
+from table import align, save
 
 import vgrad
 from vgrad.diagnose import instrumented
@@ -153,8 +152,7 @@ def main() -> None:
     result = run(config)
     print(text := report(result))
     if not config.quick:
-        config.out.write_text(json.dumps(result, indent=1))
-        config.out.with_suffix(".md").write_text(text)
+        save(result, text, config.out)
 
 
 if __name__ == "__main__":

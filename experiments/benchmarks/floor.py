@@ -10,7 +10,6 @@ Their sum is a floor: nothing elementwise, no norm, no rescaling, no loss. Half 
 """
 
 import dataclasses
-import json
 import os
 import time
 from functools import partial
@@ -23,7 +22,7 @@ import numpy as np
 import tyro
 from jax import lax
 from jax.sharding import PartitionSpec
-from table import align
+from table import align, save
 from workloads import SIZES, SIZES_QUICK, nested_flops
 
 from vgrad import cost
@@ -115,8 +114,7 @@ def main() -> None:
     result = run(config)
     print(text := report(result))
     if not config.quick:
-        config.out.write_text(json.dumps(result, indent=1))
-        config.out.with_suffix(".md").write_text(text)
+        save(result, text, config.out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from table import align
+from table import align, save
 from workloads import SIGMA_B, SIGMA_W, Size, nested_flops
 
 HERE = Path(__file__).parent
@@ -150,8 +150,7 @@ def main() -> None:
     text = report(result)
     print(text)
     if not config.quick:
-        config.out.write_text(json.dumps(result, indent=1) + "\n")
-        config.out.with_suffix(".md").write_text(text)
+        save(result, text, config.out)
 
 
 def _processes(job, devices, num):

@@ -12,7 +12,6 @@ cost. Six minutes on two quiet cores, `--quick` (figures that mean nothing) half
 
 import dataclasses
 import importlib.metadata
-import json
 import os
 import platform
 import time
@@ -24,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from table import align
+from table import align, save
 
 import vgrad
 
@@ -152,8 +151,7 @@ def main() -> None:
     print(text := report(result))
     out = config.out or (None if config.quick else Path(__file__).parent / "results" / "monitor_overhead.json")
     if out is not None:
-        out.write_text(json.dumps(result, indent=1))
-        out.with_suffix(".md").write_text(text)
+        save(result, text, out)
 
 
 if __name__ == "__main__":

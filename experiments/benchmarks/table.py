@@ -1,11 +1,13 @@
 """The table of the benchmark, as Markdown that is also legible in a terminal, from the contents of its JSON file alone."""
 
+import json
 import statistics
+from pathlib import Path
 from typing import Any
 
 from peers import PEERS
 
-__all__ = ["align", "report"]
+__all__ = ["align", "report", "save"]
 
 # On the medium workload: (peer, quantity, at least so many times that of vgrad).
 TARGETS = [
@@ -103,3 +105,9 @@ def align(rows):
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
     return [lines[0], "|" + "|".join("-" * (w + 2) for w in widths) + "|", *lines[1:]]
+
+
+def save(result: dict[str, Any], text: str, out: Path) -> None:
+    """The JSON file, and the table beside it as Markdown."""
+    out.write_text(json.dumps(result, indent=1))
+    out.with_suffix(".md").write_text(text)
