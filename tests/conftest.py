@@ -15,7 +15,7 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
 # What the compiler made is kept, for the other worker and the next run: that takes half the time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture
