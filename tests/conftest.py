@@ -25,6 +25,7 @@ def x64():
         yield
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Modules of costly fixtures, those with an `xdist_group`, stay in one process. xdist 3.8 does not see to it on pytest 9.2."""
     from xdist.scheduler import LoadScopeScheduling
