@@ -199,7 +199,7 @@ def test_a_nan_in_a_layer_stays_with_the_networks_that_have_it():
     bad = PARAMS._replace(hidden=PARAMS.hidden._replace(w=PARAMS.hidden.w.at[3, 0, 0].set(jnp.nan)))  # layer 5
     prof, clean = measured(bad), measured()
     for a, b in zip(prof, clean, strict=True):
-        np.testing.assert_array_equal(a[:2], b[:2])  # depths 2 and 4
+        np.testing.assert_allclose(a[:2], b[:2], rtol=1e-6, atol=1e-6)  # depths 2 and 4, which go down beside the NaN
     assert np.isnan(prof.log_delta[2]).all()
     assert np.isnan(prof.log_grad_w[2]).all()
     np.testing.assert_array_equal(prof.log_h[2, :4], clean.log_h[2, :4])  # below it, the forward signal is what it was
@@ -220,7 +220,7 @@ def test_one_bad_seed_leaves_the_others_alone():
     bad = params._replace(embed=params.embed._replace(b=params.embed.b.at[1, 0].set(jnp.inf)))
     clean, hurt = (jax.vmap(measured)(p) for p in (params, bad))
     for a, b in zip(clean, hurt, strict=True):
-        np.testing.assert_array_equal(a[::2], b[::2])
+        np.testing.assert_allclose(a[::2], b[::2], rtol=1e-6, atol=1e-6)
         assert np.isnan(b[1]).all()
 
 
