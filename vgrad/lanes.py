@@ -8,7 +8,7 @@ pass carries one cotangent **lane** per depth,
 and because all lanes meet the same weights at layer l, they make one large matrix product. After every layer each lane is divided
 by a power of two that an integer exponent keeps (see `vgrad.scaled`): exact, at any depth.
 
-Lanes are laid out as [B, G, N]: c @ W^T is then a plain two-dimensional product of [B G, N] with [N, N]. They go down in small
+Lanes are laid out as [G, B, N]: c @ W^T is then a plain two-dimensional product of [G B, N] with [N, N]. They go down in small
 **groups** of neighbouring depths: one compiled loop serves all groups, few lanes run idle, and a group stays in the cache.
 
 What the backward pass needs of a layer is kept from the forward pass as long as that is little. Of a very deep network only every
@@ -28,22 +28,19 @@ from vgrad.base import Block, Network
 from vgrad.layers import affine_of, with_probe
 from vgrad.scaled import Scaled, exponent, headroom, log_ratio, norm, pow2, reach, scale
 
-__all__ = ["LANE", "Lanes", "Stack", "carry", "descend", "group_size", "linearise", "readout", "segment_length", "stack"]
+__all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "linearise", "readout", "segment_length", "stack"]
 
 
 class Lanes(NamedTuple):
     """Cotangents c * 2^e, one lane per network.
 
     Attributes:
-      c: entries of order 1. Shape [B, G, N].
+      c: entries of order 1. Shape [G, B, N].
       e: exponents, int32. Shape [G].
     """
 
     c: Any
     e: Any
-
-
-LANE = Lanes(1, 0)  # where vmap finds the lanes
 
 
 class Stack(NamedTuple):
@@ -183,24 +180,24 @@ def descend(lanes: Lanes, entries, stack: Stack):
     def admit(c, e, l):
         """The lanes below layer l, with the network in its place whose readout stands there."""
         enters = entries == l
-        return Lanes(jnp.where(enters[None, :, None], lanes.c, c), jnp.where(enters, lanes.e, e))
+        return Lanes(jnp.where(enters[:, None, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
     def layer(l, first, kept, state):
         (c, e), read = state
-        c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)), in_axes=1, out_axes=(1, 0))(c)
+        c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
         # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-        by = jnp.clip(exponent(c, (0, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
+        by = jnp.clip(exponent(c, (1, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
         # A lane of NaN has no exponent. Said by its norm, so that the norms come before the new c, which can then take the old
         # one's memory: else c is copied at every layer.
-        by = jnp.where(jnp.isnan(norms[None, :, :1, 0]), 0, by)
-        return admit(scale(c, -by), e + by[0, :, 0], l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+        by = jnp.where(jnp.isnan(norms[:, :1, :1]), 0, by)
+        return admit(scale(c, -by), e + by[:, 0, 0], l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
 
     def segment(s, state):
         first, kept = s * stack.length, stack.segment(s)
         last = jnp.minimum(first + stack.length, top) - 1
         return lax.fori_loop(0, last + 1 - first, lambda i, state: layer(last - i, first, kept, state), state)
 
-    state = admit(jnp.zeros_like(lanes.c), jnp.zeros_like(lanes.e), top), read
+    state = lanes, read  # a lane that has not entered yet goes along, and is replaced when it enters
     if num_hidden <= stack.length:
         return segment(jnp.zeros((), jnp.int32), state)
     num_segments = (top + stack.length - 1) // stack.length

@@ -102,24 +102,22 @@ def _probed_dot_bwd(precision, residuals, c):
     return c_in, None, None, norms
 
 
-def _by_lanes(fn, otherwise=None):
-    """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [B, D, N] -> ([B, D, M], [D, ...]).
+def _by_lanes(fn, otherwise):
+    """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [D, B, N] -> ([D, B, M], [D, ...]).
 
-    `vmap` of the result over c alone calls `fn` once, lanes in the middle. Its own rules would move them to the front, which costs
-    a transposition of all lanes at every layer. Over more than c it is the `vmap` of `otherwise`, which is fn where none is given.
+    `vmap` of the result over c alone is `fn` itself, which may decide for all lanes at once. Over more than c it is the `vmap` of
+    `otherwise`.
     """
 
     def single(fn, c, *rest):
-        out, *others = fn(c[:, None], *rest)
-        return out[:, 0], *(o[0] for o in others)
+        return jax.tree.map(lambda a: a[0], fn(c[None], *rest))
 
     def rule(axis_size, in_batched, c, *rest):
         if in_batched[0] and not any(in_batched[1:]):
-            out, *others = fn(jnp.moveaxis(c, 0, 1), *rest)
-            out = jnp.moveaxis(out, 1, 0), *others
+            out = fn(c, *rest)
         else:
-            out = jax.vmap(partial(single, otherwise or fn), in_axes=[0 if b else None for b in in_batched])(c, *rest)
-        return out, (True,) * len(out)
+            out = jax.vmap(partial(single, otherwise), in_axes=[0 if b else None for b in in_batched])(c, *rest)
+        return out, jax.tree.map(lambda _: True, out)
 
     one = jax.custom_batching.custom_vmap(partial(single, fn))
     one.def_vmap(rule)
@@ -127,9 +125,12 @@ def _by_lanes(fn, otherwise=None):
 
 
 def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
-    """Lanes c [B, D, N_out] -> W^T c [B, D, N_in] and the norms [D, 5, 2], by two-dimensional matmuls alone.
+    """Lanes c [D, B, N_out] -> W^T c [D, B, N_in] and the norms [D, 5, 2].
 
-    Each lane is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen. Lanes come
+    The products of a lane's samples with each other hold two norms, their diagonal ||c||^2 and their sum against those of h
+    ||dJ/dW||^2.
+
+    A lane is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen. Lanes come
     rescaled, so only behind slopes that are all but zero is it worth two more passes to find these units. A batched conditional
     would take both branches: then there is to be none.
     """
@@ -137,35 +138,44 @@ def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
     by_gram = seen.shape[1] != w.shape[0]
     c_in = jnp.dot(c, w.T, precision=precision)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-    in_units = lambda a, e: scale(a, -e[None, :, None])  # noqa: E731
-    square = lambda a: jnp.sum(jnp.square(a), _LANES)  # noqa: E731
+    square = lambda a: jnp.sum(jnp.square(a), _OF_LANE)  # noqa: E731
 
-    def grad_w_of(c):
-        product = jnp.tensordot(seen if by_gram else seen.T, c, 1, precision=precision)
-        return jnp.sum(product * c, _LANES) if by_gram else square(product)
+    def squares(c, c_in):
+        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2, each [D]."""
+        if by_gram:
+            pairs = lax.dot_general(c, c, (((2,), (2,)), ((0,), (0,))), precision=precision)
+            grad_w = jnp.dot(pairs.reshape(len(c), -1), seen.reshape(-1), precision=precision)
+            delta = jnp.sum(jnp.diagonal(pairs, axis1=1, axis2=2), axis=1)
+        else:
+            delta, grad_w = square(c), square(lax.dot_general(c, seen, (((1,), (0,)), ((), ())), precision=precision))
+        return delta, grad_w, square(jnp.sum(c, axis=1, keepdims=True)), square(c_in)
 
     def in_own_units(_):
-        scaled = in_units(c, e := jnp.maximum(exponent(c, _LANES) - below, -most))
-        return e, square(scaled), grad_w_of(scaled)
+        e = jnp.maximum(exponent(c, _OF_LANE) - below, -most)
+        e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
+        return e, e_in, *squares(*(scale(a, -e[:, None, None]) for a, e in ((c, e), (c_in, e_in))))
 
-    def as_it_is(sumsq):
-        return jnp.full_like(sumsq, -below, jnp.int32), sumsq * 2.0 ** (2 * below), grad_w_of(c) * 2.0 ** (2 * below)
+    def as_it_is(found):
+        e = jnp.zeros_like(found[0], jnp.int32)
+        return e, e, *found
 
-    sumsq = square(c)
-    ordinary = jnp.all(jnp.abs(jnp.log2(sumsq)) < below)
-    e, delta, grad_w = lax.cond(ordinary, as_it_is, in_own_units, sumsq) if branch else in_own_units(None)
+    if branch:
+        found = squares(c, c_in)
+        ordinary = jnp.all(jnp.abs(jnp.log2(jnp.stack([found[0], found[3]]))) < below)
+        found = lax.cond(ordinary, as_it_is, in_own_units, found)
+    else:
+        found = in_own_units(None)
+    e, e_in, delta, grad_w, grad_b, delta_in = found
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    grad_b = square(in_units(jnp.sum(c, axis=0, keepdims=True), e))
-    e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
-    sums = delta, grad_w, grad_b, square(in_units(c_in, e_in)), sumsq_h
+    sums = delta, grad_w, grad_b, delta_in, sumsq_h
     e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
     pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
     return c_in, jnp.stack(pairs, axis=-1)
 
 
-_LANES = (0, 2)  # the axes of [B, D, N] that belong to one lane
+_OF_LANE = (1, 2)  # the axes of [D, B, N] that belong to one lane
 
 
 _probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd)
@@ -210,8 +220,7 @@ def _with_slope(z, y, slope):
     return y
 
 
-_times = _by_lanes(lambda c, slope: (c * slope[:, None],))
-_with_slope.defvjp(lambda z, y, slope: (y, slope), lambda slope, c: (*_times(c, slope), None, None))
+_with_slope.defvjp(lambda z, y, slope: (y, slope), lambda slope, c: (c * slope, None, None))
 
 
 def normalise(h, *, eps=1e-5):

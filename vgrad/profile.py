@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from vgrad.base import Array, Network, Params, Profile
-from vgrad.lanes import LANE, carry, descend, group_size, linearise, readout, segment_length, stack
+from vgrad.lanes import carry, descend, group_size, linearise, readout, segment_length, stack
 from vgrad.network import check_depth, check_input
 from vgrad.scaled import LogNorm, lift, log, log_ratio, tidy
 
@@ -119,9 +119,9 @@ def read(
     def group(which):
         """The norms [G, L, 5, 2] of a few networks, and of their z_L [G, 2]."""
         tops, at = jax.tree.map(lambda a: a[which], below.tops), entries[which]
-        lanes, top, z_top = jax.vmap(lambda z: readout(net, params.readout, z, lambda y: loss(y, t)), out_axes=(LANE, 0, 0))(tops)
+        lanes, top, z_top = jax.vmap(lambda z: readout(net, params.readout, z, lambda y: loss(y, t)))(tops)
         lanes, norms = descend(lanes, at, below)
-        _, first = jax.vmap(embed_vjp, in_axes=1)(lanes.c)
+        _, first = jax.vmap(embed_vjp)(lanes.c)
         # One row per layer; in row d of the network of depth d stands its readout.
         norms = jnp.concatenate([carry(first, lanes.e)[None], norms, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
         return jnp.where(is_top[which, :, None, None], top[:, None], norms), z_top
