@@ -91,7 +91,7 @@ def _probed_dot_fwd(precision, m, k, w, probe):
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
     # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
     by_gram = m.shape[0] < min(w.shape)
-    seen = jnp.dot(m, m.T, precision=precision) if by_gram else m
+    seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
     facts = jnp.stack([jnp.sum(jnp.square(m)), k.astype(m.dtype), exponent(w).astype(m.dtype)])
     return _probed_dot(precision, m, k, w, probe), (seen, facts, w)
 
@@ -135,44 +135,43 @@ def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
     would take both branches: then there is to be none.
     """
     sumsq_h, k, e_w = facts
-    by_gram = seen.shape[1] != w.shape[0]
+    by_gram = seen.ndim == 1
     c_in = jnp.dot(c, w.T, precision=precision)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
     square = lambda a: jnp.sum(jnp.square(a), _OF_LANE)  # noqa: E731
 
     def squares(c, c_in):
-        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2, each [D]."""
+        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2. Shape [4, D]."""
         if by_gram:
             pairs = lax.dot_general(c, c, (((2,), (2,)), ((0,), (0,))), precision=precision)
-            grad_w = jnp.dot(pairs.reshape(len(c), -1), seen.reshape(-1), precision=precision)
             delta = jnp.sum(jnp.diagonal(pairs, axis1=1, axis2=2), axis=1)
+            grad_w = jnp.dot(pairs.reshape(len(c), -1), seen, precision=precision)
         else:
             delta, grad_w = square(c), square(lax.dot_general(c, seen, (((1,), (0,)), ((), ())), precision=precision))
-        return delta, grad_w, square(jnp.sum(c, axis=1, keepdims=True)), square(c_in)
+        return jnp.stack([delta, grad_w, square(jnp.sum(c, axis=1, keepdims=True)), square(c_in)])
 
     def in_own_units(_):
         e = jnp.maximum(exponent(c, _OF_LANE) - below, -most)
         e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
-        return e, e_in, *squares(*(scale(a, -e[:, None, None]) for a, e in ((c, e), (c_in, e_in))))
+        scaled = (scale(a, -e[:, None, None]) for a, e in ((c, e), (c_in, e_in)))
+        return jnp.concatenate([squares(*scaled), jnp.stack([e, e_in]).astype(c.dtype)])
 
     def as_it_is(found):
-        e = jnp.zeros_like(found[0], jnp.int32)
-        return e, e, *found
+        return jnp.concatenate([found, jnp.zeros_like(found[:2])])
 
     if branch:
         found = squares(c, c_in)
-        ordinary = jnp.all(jnp.abs(jnp.log2(jnp.stack([found[0], found[3]]))) < below)
+        ordinary = jnp.all(jnp.abs(jnp.log2(found[::3])) < below)
         found = lax.cond(ordinary, as_it_is, in_own_units, found)
     else:
         found = in_own_units(None)
-    e, e_in, delta, grad_w, grad_b, delta_in = found
+    delta, grad_w, grad_b, delta_in, e, e_in = found
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    sums = delta, grad_w, grad_b, delta_in, sumsq_h
-    e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
-    pairs = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in (sums, (e, e + k, e, e_in, k))]
-    return c_in, jnp.stack(pairs, axis=-1)
+    rows = (delta, grad_w, grad_b, delta_in, sumsq_h), (e, e + k, e, e_in, k)
+    norms = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in rows]
+    return c_in, jnp.stack(norms, axis=-1)
 
 
 _OF_LANE = (1, 2)  # the axes of [D, B, N] that belong to one lane
