@@ -21,7 +21,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, reach, scale, shift
+from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, usually
 
 __all__ = [
     "Probed",
@@ -92,89 +92,47 @@ def _probed_dot_fwd(precision, m, k, w, probe):
     # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
     by_gram = m.shape[0] < min(w.shape)
     seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
-    facts = jnp.stack([jnp.sum(jnp.square(m)), k.astype(m.dtype), exponent(w).astype(m.dtype)])
+    facts = jnp.stack([sumsq(m), k.astype(m.dtype), exponent(w).astype(m.dtype)])
     return _probed_dot(precision, m, k, w, probe), (seen, facts, w)
 
 
 def _probed_dot_bwd(precision, residuals, c):
-    cotangent = partial(_affine_cotangent, precision)
-    c_in, norms = _by_lanes(cotangent, partial(cotangent, branch=False))(c, *residuals)
-    return c_in, None, None, norms
+    """W^T c and the norms [5, 2] of the probe.
 
-
-def _by_lanes(fn, otherwise):
-    """One lane of `fn`: a function of c [B, N] -> ([B, M], ...) from a function of lanes c [D, B, N] -> ([D, B, M], [D, ...]).
-
-    `vmap` of the result over c alone is `fn` itself, which may decide for all lanes at once. Over more than c it is the `vmap` of
-    `otherwise`.
+    The products of the samples of c with each other hold two norms: their diagonal ||c||^2, their sum against those of h
+    ||dJ/dW||^2. A cotangent comes rescaled, so that its squares are ordinary numbers. Behind slopes that are all but zero they are
+    not, and it is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen.
     """
-
-    def single(fn, c, *rest):
-        return jax.tree.map(lambda a: a[0], fn(c[None], *rest))
-
-    def rule(axis_size, in_batched, c, *rest):
-        if in_batched[0] and not any(in_batched[1:]):
-            out = fn(c, *rest)
-        else:
-            out = jax.vmap(partial(single, otherwise), in_axes=[0 if b else None for b in in_batched])(c, *rest)
-        return out, jax.tree.map(lambda _: True, out)
-
-    one = jax.custom_batching.custom_vmap(partial(single, fn))
-    one.def_vmap(rule)
-    return one
-
-
-def _affine_cotangent(precision, c, seen, facts, w, *, branch=True):
-    """Lanes c [D, B, N_out] -> W^T c [D, B, N_in] and the norms [D, 5, 2].
-
-    The products of a lane's samples with each other hold two norms, their diagonal ||c||^2 and their sum against those of h
-    ||dJ/dW||^2.
-
-    A lane is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen. Lanes come
-    rescaled, so only behind slopes that are all but zero is it worth two more passes to find these units. A batched conditional
-    would take both branches: then there is to be none.
-    """
-    sumsq_h, k, e_w = facts
+    seen, (sumsq_h, k, e_w), w = residuals
     by_gram = seen.ndim == 1
     c_in = jnp.dot(c, w.T, precision=precision)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-    square = lambda a: jnp.sum(jnp.square(a), _OF_LANE)  # noqa: E731
 
-    def squares(c, c_in):
-        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2. Shape [4, D]."""
+    def squares(seen, c, c_in, e=None, e_in=None):
+        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2, and the units e of the first three and e_in. Shape [6]."""
+        units = jnp.zeros(2, c.dtype) if e is None else jnp.stack([e, e_in]).astype(c.dtype)
         if by_gram:
-            pairs = lax.dot_general(c, c, (((2,), (2,)), ((0,), (0,))), precision=precision)
-            delta = jnp.sum(jnp.diagonal(pairs, axis1=1, axis2=2), axis=1)
-            grad_w = jnp.dot(pairs.reshape(len(c), -1), seen, precision=precision)
+            pairs = jnp.dot(c, c.T, precision=precision)
+            delta, grad_w = jnp.sum(jnp.diagonal(pairs)), jnp.dot(pairs.reshape(-1), seen, precision=precision)
         else:
-            delta, grad_w = square(c), square(lax.dot_general(c, seen, (((1,), (0,)), ((), ())), precision=precision))
-        return jnp.stack([delta, grad_w, square(jnp.sum(c, axis=1, keepdims=True)), square(c_in)])
+            delta, grad_w = sumsq(c), sumsq(jnp.dot(seen.T, c, precision=precision))
+        return jnp.concatenate([jnp.stack([delta, grad_w, sumsq(jnp.sum(c, axis=0)), sumsq(c_in)]), units])
 
-    def in_own_units(_):
-        e = jnp.maximum(exponent(c, _OF_LANE) - below, -most)
+    def as_it_is(seen, e_w, c, c_in):
+        found = squares(seen, c, c_in)
+        return jnp.all(jnp.abs(jnp.log2(found[:4:3])) < below), found
+
+    def in_own_units(seen, e_w, c, c_in):
+        e = jnp.maximum(exponent(c) - below, -most)
         e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
-        scaled = (scale(a, -e[:, None, None]) for a, e in ((c, e), (c_in, e_in)))
-        return jnp.concatenate([squares(*scaled), jnp.stack([e, e_in]).astype(c.dtype)])
+        return squares(seen, scale(c, -e), scale(c_in, -e_in), e, e_in)
 
-    def as_it_is(found):
-        return jnp.concatenate([found, jnp.zeros_like(found[:2])])
-
-    if branch:
-        found = squares(c, c_in)
-        ordinary = jnp.all(jnp.abs(jnp.log2(found[::3])) < below)
-        found = lax.cond(ordinary, as_it_is, in_own_units, found)
-    else:
-        found = in_own_units(None)
-    delta, grad_w, grad_b, delta_in, e, e_in = found
+    delta, grad_w, grad_b, delta_in, e, e_in = usually(as_it_is, in_own_units)(seen, e_w, c, c_in)
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    rows = (delta, grad_w, grad_b, delta_in, sumsq_h), (e, e + k, e, e_in, k)
-    norms = [jnp.stack([jnp.broadcast_to(v, e.shape) for v in row], axis=-1) for row in rows]
-    return c_in, jnp.stack(norms, axis=-1)
-
-
-_OF_LANE = (1, 2)  # the axes of [D, B, N] that belong to one lane
+    norms = jnp.stack([delta, grad_w, grad_b, delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
+    return c_in, None, None, jnp.stack(norms, axis=-1)
 
 
 _probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd)

@@ -14,6 +14,7 @@ ordinary autodiff.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -38,7 +39,9 @@ __all__ = [
     "reach",
     "scale",
     "shift",
+    "sumsq",
     "tidy",
+    "usually",
 ]
 
 
@@ -191,7 +194,12 @@ def _in_units(x, k):
 def norm(x: Scaled) -> LogNorm:
     """Frobenius norm of all entries. The exponent comes in the dtype of x.m, so that the pair can travel as floats."""
     e = exponent(x.m)
-    return LogNorm(jnp.sum(jnp.square(pow2(x.m, -e))), (e + x.k).astype(x.m.dtype))
+    return LogNorm(sumsq(pow2(x.m, -e)), (e + x.k).astype(x.m.dtype))
+
+
+def sumsq(x: Array) -> Array:
+    """The sum of squares of all entries, as they are."""
+    return jnp.sum(jnp.square(x))
 
 
 def tidy(n: LogNorm) -> LogNorm:
@@ -213,3 +221,33 @@ def log_ratio(a: LogNorm, b: LogNorm):
     with np.errstate(divide="ignore", invalid="ignore"):
         steps = xp.asarray(a.exponent - b.exponent, a.sumsq.dtype)
         return 0.5 * (xp.log(a.sumsq) - xp.log(b.sumsq)) + xp.log(xp.asarray(2.0, a.sumsq.dtype)) * steps
+
+
+def usually(quick: Callable, careful: Callable) -> Callable:
+    """A function of arrays that is `quick` where that will do, and else `careful`, which is not computed then.
+
+    Args:
+      quick: arrays -> (whether it will do, the result).
+      careful: the same arrays -> a result of the same shapes.
+    Returns:
+      A function of the same arrays. Under `vmap` there is one decision for the whole batch, where `lax.cond` would compute both
+      for every member.
+    """
+
+    @jax.custom_batching.custom_vmap
+    def choose(*args):
+        will_do, result = quick(*args)
+        return lax.cond(will_do, lambda: result, lambda: careful(*args))
+
+    @choose.def_vmap
+    def of_batch(axis_size, in_batched, *args):
+        quick_one, careful_one = (jax.vmap(f, [0 if b else None for b in in_batched]) for f in (quick, careful))
+
+        def quick_all(*args):
+            will_do, result = quick_one(*args)
+            return jnp.all(will_do), result
+
+        result = usually(quick_all, careful_one)(*args)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return choose
