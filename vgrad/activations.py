@@ -5,9 +5,9 @@ Its derivative is taken by autodiff throughout the library; the functions here a
 tails too. `jnp.tanh` and `jax.nn.sigmoid` differentiate (as of jax 0.10) through y (1 - y), and `jax.nn.elu` through y + 1, which
 are 0 in float32 from |z| = 9 and |z| = 17 on;
 
-    tanh'(z) = 4 s(2z) s(-2z),    sigmoid'(z) = s(z) s(-z),    elu'(z) = exp(min(z, 0)),    s = sigmoid,
+    sigmoid'(z) = bell(z),    tanh'(z) = 4 bell(2 z),    bell(z) = e / (1 + e)^2, e = exp(-|z|),    elu'(z) = exp(min(z, 0)),
 
-are right until phi' itself underflows, near |z| = 44, 87 and 87. The values are those of jax.
+are right until phi' itself underflows, near |z| = 87, 44 and 87. The values are those of jax.
 """
 
 import difflib
@@ -52,9 +52,14 @@ def _with_derivative(phi, derivative):
     return phi
 
 
-_s = jax.nn.sigmoid
-sigmoid = _with_derivative(_s, lambda z: sigmoid(z) * sigmoid(-z))
-tanh = _with_derivative(jnp.tanh, lambda z: 4 * sigmoid(2 * z) * sigmoid(-2 * z))
+def _bell_value(z):
+    e = jnp.exp(-jnp.abs(z))
+    return e / jnp.square(1 + e)
+
+
+_bell = _with_derivative(_bell_value, lambda z: -_bell(z) * tanh(z / 2))  # smooth, which autodiff of |z| would not be at 0
+sigmoid = _with_derivative(jax.nn.sigmoid, _bell)
+tanh = _with_derivative(jnp.tanh, lambda z: 4 * _bell(2 * z))
 softplus = _with_derivative(jax.nn.softplus, lambda z: sigmoid(z))
 elu = _with_derivative(lambda z: jax.nn.elu(z), lambda z: jnp.exp(jnp.minimum(z, 0)))
 selu = _with_derivative(jax.nn.selu, lambda z: jnp.where(z > 0, _SELU[0], _SELU[1] * jnp.exp(jnp.minimum(z, 0))))
