@@ -92,8 +92,7 @@ def _probed_dot_fwd(precision, m, k, w, probe):
     # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
     by_gram = m.shape[0] < min(w.shape)
     seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
-    facts = jnp.stack([sumsq(m), k.astype(m.dtype), exponent(w).astype(m.dtype)])
-    return _probed_dot(precision, m, k, w, probe), (seen, facts, w)
+    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack([sumsq(m), k.astype(m.dtype)]), w)
 
 
 def _probed_dot_bwd(precision, residuals, c):
@@ -103,31 +102,32 @@ def _probed_dot_bwd(precision, residuals, c):
     ||dJ/dW||^2. A cotangent comes rescaled, so that its squares are ordinary numbers. Behind slopes that are all but zero they are
     not, and it is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen.
     """
-    seen, (sumsq_h, k, e_w), w = residuals
+    seen, (sumsq_h, k), w = residuals
     by_gram = seen.ndim == 1
     c_in = jnp.dot(c, w.T, precision=precision)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
 
-    def squares(seen, c, c_in, e=None, e_in=None):
-        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2, and the units e of the first three and e_in. Shape [6]."""
-        units = jnp.zeros(2, c.dtype) if e is None else jnp.stack([e, e_in]).astype(c.dtype)
+    def squares(seen, c, c_in):
+        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2. Shape [4]."""
         if by_gram:
             pairs = jnp.dot(c, c.T, precision=precision)
             delta, grad_w = jnp.sum(jnp.diagonal(pairs)), jnp.dot(pairs.reshape(-1), seen, precision=precision)
         else:
             delta, grad_w = sumsq(c), sumsq(jnp.dot(seen.T, c, precision=precision))
-        return jnp.concatenate([jnp.stack([delta, grad_w, sumsq(jnp.sum(c, axis=0)), sumsq(c_in)]), units])
+        return jnp.stack([delta, grad_w, sumsq(jnp.sum(c, axis=0)), sumsq(c_in)])
 
-    def as_it_is(seen, e_w, c, c_in):
+    def as_it_is(seen, w, c, c_in):
         found = squares(seen, c, c_in)
-        return jnp.all(jnp.abs(jnp.log2(found[:4:3])) < below), found
+        ordinary = jnp.abs(jnp.log2(found[::3])) < below  # of c and c_in
+        return jnp.all(ordinary), jnp.concatenate([found, jnp.zeros_like(found[:2])])
 
-    def in_own_units(seen, e_w, c, c_in):
+    def in_own_units(seen, w, c, c_in):
         e = jnp.maximum(exponent(c) - below, -most)
-        e_in = jnp.clip(e + e_w.astype(jnp.int32), -most, most)
-        return squares(seen, scale(c, -e), scale(c_in, -e_in), e, e_in)
+        e_in = jnp.clip(e + exponent(w), -most, most)
+        found = squares(seen, scale(c, -e), scale(c_in, -e_in))
+        return jnp.concatenate([found, jnp.stack([e, e_in]).astype(c.dtype)])
 
-    delta, grad_w, grad_b, delta_in, e, e_in = usually(as_it_is, in_own_units)(seen, e_w, c, c_in)
+    delta, grad_w, grad_b, delta_in, e, e_in = usually(as_it_is, in_own_units)(seen, w, c, c_in)
     if by_gram:
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
