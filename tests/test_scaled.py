@@ -111,9 +111,35 @@ def test_exponent_of_what_has_none(dtype):
 def test_exponent_along_an_axis():
     x = jnp.array([[1.0, 3.0], [0.0, 0.0], [1e-30, -0.25]])
     np.testing.assert_array_equal(scaled.exponent(x, 1), [2, 0, -1])
-    kept = scaled.exponent(x, 0, keepdims=True)
-    assert kept.shape == (1, 2)
-    np.testing.assert_array_equal(kept, [[1, 2]])
+    np.testing.assert_array_equal(scaled.exponent(x, 0), [1, 2])
+
+
+def test_the_largest_along_an_axis_finds_nan_and_inf(dtype):
+    rows = [[1.0, -3.0], [0.0, -0.0], [np.nan, np.inf], [-np.nan, 1.0], [-np.inf, 2.0], [1e-30, -2e-30]]
+    x = np.array(rows, dtype)
+    np.testing.assert_array_equal(scaled.largest(jnp.asarray(x), 1), np.max(np.abs(x), 1))
+    np.testing.assert_array_equal(scaled.largest(jnp.asarray(x).T, 0), np.max(np.abs(x), 1))
+    assert scaled.largest(jnp.zeros((2, 0), dtype), 1).tolist() == [0, 0]
+
+
+def test_usually_decides_once_for_a_batch():
+    def quick(x, y):
+        return x > 0, x + y
+
+    def careful(x, y):
+        return 100.0 + x
+
+    one = scaled.usually(quick, careful)
+    assert float(one(1.0, 2.0)) == 3
+    assert float(one(-1.0, 2.0)) == 99
+    np.testing.assert_array_equal(jax.vmap(one, (0, None))(jnp.array([1.0, 2.0]), 1.0), [2, 3])
+    np.testing.assert_array_equal(jax.vmap(one, (0, None))(jnp.array([1.0, -2.0]), 1.0), [101, 98])  # careful for both
+    x = jnp.array([[1.0, 2.0], [3.0, -4.0]])
+    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(one)))(x, x), 100 + x)
+    np.testing.assert_array_equal(jax.vmap(jax.vmap(one, (0, None)), (None, 0))(x[0], x[0]), x[:1] + x[:1].T)
+    text = str(jax.make_jaxpr(jax.vmap(one))(x[0], x[0]))
+    assert "cond" in text  # not a select, which would compute both
+    assert "select_n" not in text
 
 
 def test_headroom_leaves_room_for_a_cube():

@@ -26,7 +26,7 @@ from jax import lax
 
 from vgrad.base import Block, Network
 from vgrad.layers import affine_of, with_probe
-from vgrad.scaled import Scaled, exponent, headroom, log_ratio, norm, pow2, reach, scale
+from vgrad.scaled import Scaled, exponent, headroom, largest, log_ratio, norm, pow2, reach, scale
 
 __all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "linearise", "readout", "segment_length", "stack"]
 
@@ -186,11 +186,11 @@ def descend(lanes: Lanes, entries, stack: Stack):
         (c, e), read = state
         c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
         # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-        by = jnp.clip(exponent(c, (1, 2), keepdims=True), -reach(c.dtype), reach(c.dtype))
+        by = jnp.clip(exponent(largest(c, 1), 1), -reach(c.dtype), reach(c.dtype))
         # A lane of NaN has no exponent. Said by its norm, so that the norms come before the new c, which can then take the old
         # one's memory: else c is copied at every layer.
-        by = jnp.where(jnp.isnan(norms[:, :1, :1]), 0, by)
-        return admit(scale(c, -by), e + by[:, 0, 0], l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+        by = jnp.where(jnp.isnan(norms[:, 0, 0]), 0, by)
+        return admit(scale(c, -by[:, None, None]), e + by, l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
 
     def segment(s, state):
         first, kept = s * stack.length, stack.segment(s)

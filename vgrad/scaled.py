@@ -31,6 +31,7 @@ __all__ = [
     "canonical",
     "exponent",
     "headroom",
+    "largest",
     "lift",
     "log",
     "log_ratio",
@@ -107,9 +108,9 @@ def reach(dtype) -> int:
     return _layout(dtype).reach
 
 
-def exponent(x: Array, axis=None, *, keepdims=False) -> Array:
+def exponent(x: Array, axis=None) -> Array:
     """The e with 2^(e-1) <= max|x| < 2^e, an int32; 0 where the maximum is zero, subnormal, NaN or inf."""
-    return _exponent_of(_largest(x, axis, keepdims))
+    return _exponent_of(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
 
 
 def _exponent_of(top):
@@ -118,17 +119,14 @@ def _exponent_of(top):
     return jnp.where((top >= jnp.finfo(top.dtype).tiny) & (top < jnp.inf), e, 0).astype(jnp.int32)
 
 
-def _largest(x, axis=None, keepdims=False):
-    """max|x|, or NaN. Half a pass over x on CPU, where `jnp.max` takes a whole one to look for NaN.
+def largest(x: Array, axis: int) -> Array:
+    """max|x| over an axis, NaN where there is one. On CPU in half the time of `jnp.max`, and twice that to compile.
 
-    The bits of a float without its sign are an integer that sorts as the magnitudes do, NaN above all; and columns are compared
-    side by side before the last axis is.
+    The bits of a float without its sign are an integer that sorts as the magnitudes do, NaN above all. So it need not be looked
+    for, and entries are compared many at a time.
     """
-    axes = tuple(range(x.ndim)) if axis is None else tuple(int(i) % x.ndim for i in np.atleast_1d(axis))
     bits = lax.bitcast_convert_type(jnp.abs(x), _layout(x.dtype).integer)
-    columns = lax.bitcast_convert_type(jnp.max(bits, axis=axes[:-1], initial=0, keepdims=True), x.dtype)
-    top = jnp.max(columns, axis=axes[-1:], initial=0.0, keepdims=True)
-    return top if keepdims else jnp.squeeze(top, axes)
+    return lax.bitcast_convert_type(jnp.max(bits, axis=axis, initial=0), x.dtype)
 
 
 class _Layout(NamedTuple):
@@ -179,8 +177,8 @@ _NONE = -(2**30)  # the "exponent" of zero: below all others, so that a zero nev
 
 
 def _top(x):
-    largest = _largest(x.m)
-    return jnp.where(largest == 0, _NONE, _exponent_of(largest) + x.k)
+    top = jnp.max(jnp.abs(x.m), initial=0.0)
+    return jnp.where(top == 0, _NONE, _exponent_of(top) + x.k)
 
 
 def _units(top, dtype):
