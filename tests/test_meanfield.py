@@ -10,6 +10,7 @@ import pytest
 from scipy import integrate, optimize, special
 
 from vgrad import meanfield as mf
+from vgrad import moments
 
 POINT = dict(sigma_w=1.5**0.5, sigma_b=0.05**0.5)
 
@@ -187,6 +188,23 @@ def test_maps_over_a_grid_and_differentiates(x64):
     for point in ([0.8, 0.3], [1.7, 0.3]):  # an ordered and a chaotic one
         numeric = [(xi_c(point + h * e) - xi_c(point - h * e)) / (2 * h) for e in np.eye(2)]
         np.testing.assert_allclose(slope(jnp.asarray(point)), numeric, rtol=1e-5)
+
+
+def test_rounding_at_a_root_does_not_lose_it(x64):
+    """Within rounding of the root the slope has the wrong sign here, as if value and step came from two evaluations."""
+
+    @jax.custom_jvp
+    def excess(q):
+        return 0.1 - q * q - 1e-16
+
+    @excess.defjvp
+    def _(primal, tangent):
+        (q,), (t,) = primal, tangent
+        value = excess(q)
+        return value, jnp.where(jnp.abs(value) < 1e-14, q, -2 * q) * t
+
+    for low, high in ((0.3, 0.4), (0.2, 0.32), (0.25, 0.35)):
+        assert abs(moments.root(excess, low, high) - 0.1**0.5) < 1e-12
 
 
 def test_float32():

@@ -101,8 +101,11 @@ def root(excess, low, high):
             value, slope = jax.jvp(excess, (q,), (jnp.ones_like(q),))
             above = (value > 0) == rises
             low, high = jnp.where(above, low, q), jnp.where(above, q, high)
-            newton = q - value / slope
-            return low, high, jnp.where((newton >= low) & (newton <= high), newton, 0.5 * (low + high))
+            # At the root itself rounding, which a compiler may do twice and differently, can point out of the bracket: no reason to
+            # go back to its middle.
+            newton, slack = q - value / slope, (high - low) / 8
+            near = (newton >= low - slack) & (newton <= high + slack)
+            return low, high, jnp.where(near, jnp.clip(newton, low, high), 0.5 * (low + high))
 
         middle = jnp.where(low == 0, high, jnp.sqrt(low * high))
         q = lax.fori_loop(0, 6, narrow, (low, high, middle))[2]
