@@ -12,6 +12,9 @@ jax.config.update("jax_platforms", "cpu")
 # Most of the suite's time is compilation. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it on what users run, and half as fast.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
+    # A worker a core, so one thread each. The older emitters compile in half the time; later jaxlibs stop at the flag.
+    flags = ["--xla_cpu_multi_thread_eigen=false"] + ["--xla_cpu_use_fusion_emitters=false"] * (jax.__version_info__ < (0, 11))
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
 # What the compiler made is kept, for the other worker and the next run: that takes half the time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
