@@ -1,5 +1,6 @@
 """The suite runs under jax's strictest settings: what passes here passes under a user's laxer ones."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -15,6 +16,9 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     # A worker a core, so one thread each. The older emitters compile in half the time; later jaxlibs stop at the flag.
     flags = ["--xla_cpu_multi_thread_eigen=false"] + ["--xla_cpu_use_fusion_emitters=false"] * (jax.__version_info__ < (0, 11))
     os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+# Tracing makes millions of small objects, and few cycles.
+gc.set_threshold(200_000, 50, 1000)
+jax.config.update("jax_traceback_in_locations_limit", 0)
 # What the compiler made is kept, for the other worker and the next run: that takes half the time.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".pytest_cache" / "jax"))
