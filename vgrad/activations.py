@@ -7,7 +7,7 @@ are 0 in float32 from |z| = 9 and |z| = 17 on;
 
     sigmoid'(z) = bell(z),    tanh'(z) = 4 bell(2 z),    bell(z) = e / (1 + e)^2, e = exp(-|z|),    elu'(z) = exp(min(z, 0)),
 
-are right until phi' itself underflows, near |z| = 87, 44 and 87. The values are those of jax.
+are right until e underflows, near |z| = 87, 43.7 and 87. The values are those of jax.
 """
 
 import difflib
