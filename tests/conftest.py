@@ -14,8 +14,10 @@ jax.config.update("jax_platforms", "cpu")
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     # A worker a core, so one thread each. The older emitters compile in half the time; later jaxlibs stop at the flag.
-    flags = ["--xla_cpu_multi_thread_eigen=false"] + ["--xla_cpu_use_fusion_emitters=false"] * (jax.__version_info__ < (0, 11))
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    flags = "--xla_cpu_multi_thread_eigen=false"
+    if jax.__version_info__ < (0, 11):
+        flags += " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
 # Tracing makes millions of small objects, and few cycles.
 gc.set_threshold(200_000, 50, 1000)
 jax.config.update("jax_traceback_in_locations_limit", 0)
