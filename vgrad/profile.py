@@ -54,7 +54,8 @@ def profile(
         the first d - 2 hidden layers and the readout: exactly `net.init(key, d)`. None: the depth of `params` alone.
     Returns:
       `Profile` of arrays [D, L] with L = max(depths), in the float dtype of the parameters. Where the loss or the activation leaves
-      the float range on its own (phi' < 1e-38), the reading has what is left: -inf if that is nothing.
+      the float range on its own (phi' < 1e-38), the reading has what is left: -inf if that is nothing. It is read off a backward
+      pass, and has no derivative itself.
     Raises:
       ValueError: depths that are empty, unsorted, repeated, below 2 or above that of `params`; x of the wrong shape; a loss that
         is not scalar; a block not made of `vgrad.layers`.  TypeError: depths that are not integers.
