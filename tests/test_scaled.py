@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -114,12 +115,25 @@ def test_exponent_along_an_axis():
     np.testing.assert_array_equal(scaled.exponent(x, 0), [1, 2])
 
 
-def test_the_largest_along_an_axis_finds_nan_and_inf(dtype):
-    rows = [[1.0, -3.0], [0.0, -0.0], [np.nan, np.inf], [-np.nan, 1.0], [-np.inf, 2.0], [1e-30, -2e-30]]
-    x = np.array(rows, dtype)
-    np.testing.assert_array_equal(scaled.largest(jnp.asarray(x), 1), np.max(np.abs(x), 1))
-    np.testing.assert_array_equal(scaled.largest(jnp.asarray(x).T, 0), np.max(np.abs(x), 1))
-    assert scaled.largest(jnp.zeros((2, 0), dtype), 1).tolist() == [0, 0]
+def test_change_if_changes_those_who_need_it_and_is_entered_by_none_else():
+    entered = []
+
+    def change(x):
+        jax.debug.callback(lambda: entered.append(1))
+        return {"x": -x["x"], "n": x["n"] + 1}
+
+    @jax.jit
+    @jax.vmap
+    def run(x):
+        return scaled.change_if(x < 0, change, {"x": x, "n": jnp.zeros((), jnp.int32)})
+
+    chex.assert_trees_all_equal(run(jnp.array([1.0, -2.0, jnp.nan])), {"x": np.float32([1, 2, np.nan]), "n": np.int32([0, 1, 0])})
+    jax.effects_barrier()
+    assert entered
+    entered.clear()
+    chex.assert_trees_all_equal(run(jnp.array([1.0, 2.0, 0.0])), {"x": np.float32([1, 2, 0]), "n": np.int32([0, 0, 0])})
+    jax.effects_barrier()
+    assert not entered
 
 
 def test_usually_decides_once_for_a_batch():

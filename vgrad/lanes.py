@@ -5,11 +5,11 @@ pass carries one cotangent **lane** per depth,
 
     c_{l-1}[d] = block_l^T c_l[d],      lane d enters at its own last hidden layer,
 
-and because all lanes meet the same weights at layer l, they make one large matrix product. After every layer each lane is divided
-by a power of two that an integer exponent keeps (see `vgrad.scaled`): exact, at any depth.
+and because all lanes meet the same weights at layer l, they make one large matrix product. Lanes that become large or small are
+divided by a power of two that an integer exponent keeps (see `vgrad.scaled`): exact, at any depth.
 
 Lanes are laid out as [G, B, N]: c @ W^T is then a plain two-dimensional product of [G B, N] with [N, N]. They go down in small
-**groups** of neighbouring depths: one compiled loop serves all groups, few lanes run idle, and a group stays in the cache.
+**groups** of neighbouring depths: the same compiled loops serve all groups, few lanes run idle, and a group stays in the cache.
 
 What the backward pass needs of a layer is kept from the forward pass as long as that is little. Of a very deep network only every
 K-th state is kept, and each **segment** of K layers is walked forward once more just before it is walked back.
@@ -17,6 +17,7 @@ K-th state is kept, and each **segment** of K layers is walked forward once more
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,16 +27,19 @@ from jax import lax
 
 from vgrad.base import Block, Network
 from vgrad.layers import affine_of, with_probe
-from vgrad.scaled import Scaled, exponent, headroom, largest, log_ratio, norm, pow2, reach, scale
+from vgrad.scaled import Scaled, change_if, exponent, headroom, log_ratio, norm, pow2, reach, scale, sumsq
 
-__all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "linearise", "readout", "segment_length", "stack"]
+__all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "groups", "linearise", "readout", "segment_length", "stack"]
+
+
+_ROOM = 16  # lanes are left as they are while their squares sum up to 2^±16: far from where those leave the float range
 
 
 class Lanes(NamedTuple):
     """Cotangents c * 2^e, one lane per network.
 
     Attributes:
-      c: entries of order 1. Shape [G, B, N].
+      c: ordinary numbers. Shape [G, B, N].
       e: exponents, int32. Shape [G].
     """
 
@@ -48,7 +52,7 @@ class Stack(NamedTuple):
 
     Attributes:
       hidden: their parameters, stacked.
-      tops: state z below the readout of each network, a `Scaled` with a leading axis D.
+      tops: state z below the readout of each network, a `Scaled` with a leading axis D + 1, the last of which is void.
       segment: s -> what the linearisations of layers s K .. (s + 1) K - 1 keep, stacked on an axis of K.
       vjp_of: (parameters, kept) of one layer -> c -> (cotangent of its input, norms [5, 2]).
       length: K.
@@ -131,7 +135,7 @@ def stack(block: Block, hidden, z: Scaled, entries, length: int) -> Stack:
         which = jnp.arange(num_segments, dtype=jnp.int32)
         (_, slots), starts = lax.scan(walk, (z, slots), (which, slot[1:].reshape(num_segments, length)))
         segment = lambda s: lax.scan(lambda z, l: one(z, _at(hidden, l)), _at(starts, s), layers_of(s))[1]  # noqa: E731
-    return Stack(hidden, jax.tree.map(lambda a: a[:-1], slots), segment, vjp_of, length)
+    return Stack(hidden, slots, segment, vjp_of, length)
 
 
 def segment_length(block: Block, hidden, z: Scaled) -> int:
@@ -146,15 +150,27 @@ def segment_length(block: Block, hidden, z: Scaled) -> int:
     return num if num * size <= 2**29 else math.isqrt(num - 1) + 1
 
 
+def groups(num: int, size: int) -> np.ndarray:
+    """Which of `num` networks, in the order of their depths, go down together. Shape [., size].
+
+    Cut from the deepest down; what is missing from the last group is made up by copies of the shallowest network.
+    """
+    return np.pad(np.arange(num, dtype=np.int32), (-num % size, 0), mode="edge").reshape(-1, size)
+
+
 def group_size(entries: np.ndarray, lane: int) -> int:
     """How many lanes, of so many entries each, go down together.
 
-    A group walks from its deepest entry, so a larger one has more idle lanes and a smaller one more steps. On CPU it should also
-    stay in the cache: there a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator
-    is idle below millions.
+    A larger group has more idle lanes, see `descend`, and a smaller one more steps. On CPU it should also stay in the cache: there
+    a step costs what it costs to touch 2^12 entries, and 12 times as many stay; an accelerator is idle below millions.
     """
-    step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
-    cost = lambda size: (step + size * lane) * sum(entries[::-1][::size] + 1)  # noqa: E731
+    step, most = (2**12, 12 * 2**12) if jax.default_backend() == "cpu" else (2**20, 2**24)
+
+    def cost(size):
+        own = entries[groups(len(entries), size)]
+        meet, deepest = own[:, size // 2 - 1], own[:, -1]
+        return np.sum((step + size * lane) * (meet + 1) + (step + (size - size // 2) * lane) * (deepest - meet))
+
     return min(range(1, max(1, min(len(entries), most // lane)) + 1), key=cost)
 
 
@@ -167,41 +183,63 @@ def readout(net: Network, params, z: Scaled, loss: Callable):
 
 
 def descend(lanes: Lanes, entries, stack: Stack):
-    """Takes lanes, which enter at `entries` [G], down to z_1.
+    """Takes lanes, which enter at `entries` [G], increasing, down to z_1.
 
     Returns:
       `Lanes` at z_1, and the norms [num_hidden, G, 5, 2] read on the way; zero above the deepest.
     """
-    num_hidden, top = jax.tree.leaves(stack.hidden)[0].shape[0], jnp.max(entries)
-    read = jnp.zeros((num_hidden, entries.shape[0], 5, 2), lanes.c.dtype)
+    num_hidden, size = jax.tree.leaves(stack.hidden)[0].shape[0], entries.shape[0]
+    read = jnp.zeros((num_hidden, size, 5, 2), lanes.c.dtype)
     if not num_hidden:  # nothing to index, not even in a loop of no steps
         return lanes, read
+    bottom = jnp.zeros((), jnp.int32)
+    if size < 2:
+        return _walk(lanes, entries, stack, (lanes, read), entries[-1], bottom)
+    # The deeper half goes ahead to where the others enter: few lanes run idle.
+    half = size // 2
+    ahead = jax.tree.map(lambda a: a[half:], lanes)
+    ahead, above = _walk(ahead, entries[half:], stack, (ahead, read[:, half:]), entries[-1], entries[half - 1])
+    state = jax.tree.map(lambda a, b: jnp.concatenate([a[:half], b]), lanes, ahead), read.at[:, half:].set(above)
+    return _walk(lanes, entries, stack, state, entries[half - 1], bottom)
 
-    def admit(c, e, l):
-        """The lanes below layer l, with the network in its place whose readout stands there."""
-        enters = entries == l
+
+def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
+    """State (lanes on their way, norms) from below layer `top` to below layer `bottom`; other lanes enter from `lanes`.
+
+    One that has not entered yet goes along, and is replaced when it enters.
+    """
+
+    def unsettled(l, c):
+        """Whether anything is to be done below layer l: to most layers nothing is."""
+        sizes = jax.vmap(sumsq)(c)
+        return jnp.any((sizes < 2.0**-_ROOM) | (sizes > 2.0**_ROOM)) | jnp.any(entries == l)  # NaN has no exponent, and is left
+
+    def settle(l, state):
+        """The lanes below layer l with entries of order 1, and in its place the network whose readout stands there."""
+        c, e = state
+        # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
+        by = jnp.clip(exponent(c, (1, 2)), -reach(c.dtype), reach(c.dtype))
+        c, e, enters = scale(c, -by[:, None, None]), e + by, entries == l
         return Lanes(jnp.where(enters[:, None, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
     def layer(l, first, kept, state):
         (c, e), read = state
         c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
-        # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-        by = jnp.clip(exponent(largest(c, 1), 1), -reach(c.dtype), reach(c.dtype))
-        # A lane of NaN has no exponent. Said by its norm, so that the norms come before the new c, which can then take the old
-        # one's memory: else c is copied at every layer.
-        by = jnp.where(jnp.isnan(norms[:, 0, 0]), 0, by)
-        return admit(scale(c, -by[:, None, None]), e + by, l), lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+        # A lane with NaN has none but NaN below, in any case. Said by its norm, so that the norms come before the new c, which can
+        # then take the old one's memory: else c is copied at every layer.
+        c = jnp.where(jnp.isnan(norms[:, :1, :1]), jnp.nan, c)
+        read = lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+        return change_if(unsettled(l, c), partial(settle, l), Lanes(c, e)), read
 
     def segment(s, state):
         first, kept = s * stack.length, stack.segment(s)
         last = jnp.minimum(first + stack.length, top) - 1
-        return lax.fori_loop(0, last + 1 - first, lambda i, state: layer(last - i, first, kept, state), state)
+        return lax.fori_loop(0, last + 1 - jnp.maximum(first, bottom), lambda i, state: layer(last - i, first, kept, state), state)
 
-    state = lanes, read  # a lane that has not entered yet goes along, and is replaced when it enters
-    if num_hidden <= stack.length:
+    if jax.tree.leaves(stack.hidden)[0].shape[0] <= stack.length:
         return segment(jnp.zeros((), jnp.int32), state)
-    num_segments = (top + stack.length - 1) // stack.length
-    return lax.fori_loop(0, num_segments, lambda i, state: segment(num_segments - 1 - i, state), state)
+    highest, lowest = (top + stack.length - 1) // stack.length, bottom // stack.length
+    return lax.fori_loop(0, highest - lowest, lambda i, state: segment(highest - 1 - i, state), state)
 
 
 def carry(norms, e):
@@ -225,10 +263,14 @@ def _loss_cotangent(loss, y: Scaled):
     Of degree 1 for the squared error of an exploding output, 0 for the cross-entropy, and exact to rounding for both.
     """
     edge, step = jnp.sign(y.k) * headroom(y.m.dtype), 6
-    g, nearer = (jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside)) for inside in (0, step))
-    degree = jnp.round(log_ratio(_norm(g), _norm(nearer)) / (step * jnp.log(2.0).astype(g.dtype)))
-    degree = jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
-    return _rescaled(g, degree * (y.k - edge))
+    slope = lambda inside: jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside))  # noqa: E731
+
+    def degree(none):
+        ratio = log_ratio(*(_norm(slope(none + inside)) for inside in (0, step)))
+        degree = jnp.round(ratio / (step * jnp.log(2.0).astype(ratio.dtype)))
+        return jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
+
+    return _rescaled(slope(0), change_if(y.k != 0, degree, jnp.zeros((), jnp.int32)) * (y.k - edge))
 
 
 def _norm(x):

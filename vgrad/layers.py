@@ -118,8 +118,8 @@ def _probed_dot_bwd(precision, residuals, c):
 
     def as_it_is(seen, w, c, c_in):
         found = squares(seen, c, c_in)
-        ordinary = jnp.abs(jnp.log2(found[::3])) < below  # of c and c_in
-        return jnp.all(ordinary), jnp.concatenate([found, jnp.zeros_like(found[:2])])
+        strange = jnp.abs(jnp.log2(found[::3])) >= below  # c or c_in; not NaN, which no units will help
+        return ~jnp.any(strange), jnp.concatenate([found, jnp.zeros_like(found[:2])])
 
     def in_own_units(seen, w, c, c_in):
         e = jnp.maximum(exponent(c) - below, -most)

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from vgrad.base import Array, Network, Params, Profile
-from vgrad.lanes import carry, descend, group_size, linearise, readout, segment_length, stack
+from vgrad.lanes import carry, descend, group_size, groups, linearise, readout, segment_length, stack
 from vgrad.network import check_depth, check_input
 from vgrad.scaled import LogNorm, lift, log, log_ratio, tidy
 
@@ -129,9 +129,7 @@ def read(
 
     is_top = jnp.arange(num_hidden + 2, dtype=jnp.int32)[None] == entries[:, None] + 1
     num, size = entries.shape[0], group_size(depths - 2, z.m.size) if static else 1
-    # Groups are cut from the deepest down; what is missing from the last is made up by copies of the shallowest.
-    which = np.pad(np.arange(num, dtype=np.int32), (-num % size, 0), mode="edge").reshape(-1, size)
-    norms, z_top = (a.reshape(-1, *a.shape[2:])[-num:] for a in lax.map(group, jnp.asarray(which)))
+    norms, z_top = (a.reshape(-1, *a.shape[2:])[-num:] for a in lax.map(group, jnp.asarray(groups(num, size))))
     delta, grad_w, grad_b, delta_in, h_in = (tidy(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1])) for i in range(5))
     # h_l is the input of layer l + 1; at the last layer stands z_L.
     h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
