@@ -43,7 +43,7 @@ class Config:
     steps: int = 1000  # of the maps
 
 
-PAPER, TINY = Config(), Config(("relu", "tanh"), 64, 16, 24)
+PAPER, TINY = Config(), Config(("relu", "tanh"), 64, 16, 16)
 
 
 class Row(NamedTuple):

@@ -32,7 +32,7 @@ class Config:
     trained_seeds: int = 3
 
 
-PAPER, TINY = Config(), Config(64, (22, 30), 24, 32, 350, (0.03,), 2)
+PAPER, TINY = Config(), Config(64, (22,), 16, 32, 350, (0.03,), 2)
 SCHEMES = {
     "xavier": {"slope": 0.0, "sigma_w": 1.0},
     "he": {"slope": 0.0, "sigma_w": 2**0.5},

@@ -33,7 +33,7 @@ class Config:
     num_seeds: int = 48
 
 
-PAPER, TINY = Config(), Config(64, 32, 48)
+PAPER, TINY = Config(), Config(64, 32, 24)
 POINTS = {"self-normalizing": (1.0, 0.0), "critical": (0.9374756, 0.2), "gain 3/4": (0.75, 0.0)}  # sigma_w, sigma_b
 STARTS = (0.25, 4.0)
 

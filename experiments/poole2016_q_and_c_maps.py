@@ -34,7 +34,7 @@ class Config:
     layers: int = 20
 
 
-PAPER, TINY = Config(), Config(100, 100, 12)
+PAPER, TINY = Config(), Config(100, 40, 12)
 
 
 class Result(NamedTuple):

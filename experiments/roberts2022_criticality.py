@@ -40,7 +40,7 @@ class Config:
     num_seeds: int = 60
 
 
-PAPER, TINY = Config(), Config(("tanh", "gelu"), ("tanh",), 100, 60, 60)
+PAPER, TINY = Config(), Config(("tanh", "gelu"), ("tanh",), 100, 60, 30)
 
 
 class Result(NamedTuple):

@@ -36,7 +36,7 @@ class Config:
     gradient_seeds: int = 32
 
 
-PAPER, TINY = Config(), Config((1.0, 1.5, 2.3), 64, 100, 12, 24, 24)
+PAPER, TINY = Config(), Config((1.0, 1.5, 2.3), 64, 50, 12, 24, 16)
 
 
 class Result(NamedTuple):

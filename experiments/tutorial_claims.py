@@ -29,7 +29,7 @@ class Config:
     learning_rate: float = 0.05
 
 
-PAPER, TINY = Config(), Config(widths=(64, 3), num_seeds=8, trained=(3, 12, 32, 400))
+PAPER, TINY = Config(), Config(widths=(64, 3), num_seeds=8, trained=(3, 12, 32, 200))
 PHIS, DRAWS = ["identity", "relu", "tanh", "sigmoid"], ["normal", "positive_uniform"]
 TEXTBOOK, ABOVE = [("sigmoid", "normal", 1.0)], [(phi, "normal", 1.1) for phi in PHIS]
 RECIPES = [(phi, draw, sigma_w) for phi, sigma_w in (("relu", 2**0.5), ("tanh", 1.0)) for draw in DRAWS]
@@ -41,6 +41,7 @@ class Result(NamedTuple):
     training: dict[str, dict]  # "relu, depth 3" -> loss by step, and ||update|| / ||W|| by layer at the first step
 
 
+@jax.jit  # one by one its steps take seconds to start
 def product(x):
     """Relative errors of (a), read literally and with care, against `jax.grad`. Literally it conforms only if B = N throughout."""
     net = mlp(len(x), "tanh", len(x), len(x))
@@ -51,7 +52,7 @@ def product(x):
     literal = jnp.linalg.multi_dot([m.T for m in matrices], precision="highest")  # columns are samples, and W_l is w_l^T
     careful = backprop.multiply_out(backprop.expanded_product(params, x, pull, phi="tanh"))
     exact = jax.grad(lambda p: jnp.sum(pull * net.forward(p, x)))(params).embed.w
-    return [float(jnp.linalg.norm(a - exact) / jnp.linalg.norm(exact)) for a in (literal.T, careful)]
+    return [jnp.linalg.norm(a - exact) / jnp.linalg.norm(exact) for a in (literal.T, careful)]
 
 
 def measure(cases, width, config, batch):
@@ -87,7 +88,7 @@ def train(phi, sigma_w, depth, config, x, t):
 
 def run(config: Config) -> Result:
     x, t = data.digits().batch(128, 0)
-    a = product(jnp.asarray(x[:64]))
+    a = list(map(float, product(x[:64])))
     swept, wide = measure(TEXTBOOK + ABOVE + RECIPES, config.widths[0], config, (x, t))
     thin, narrow = measure(ABOVE, config.widths[1], config, (x, t))
     mean = lambda field: float(np.mean(field[0, :, 0, : config.depth - 2]))  # noqa: E731
