@@ -71,6 +71,7 @@ def close(dataset, whole):
 def test_eight_devices_are_one_to_rounding_and_say_nothing_to_each_other(tmp_path, environment):
     """Nine cases, which eight devices pad to sixteen. XLA writes out the programs that it runs."""
     flags = f"--xla_dump_to={tmp_path} --xla_dump_hlo_as_text --xla_dump_hlo_module_re=.*_compiled.*"
+    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
     env = environment | {"JAX_NUM_CPU_DEVICES": "8", "XLA_FLAGS": flags, "JAX_ENABLE_COMPILATION_CACHE": "0"}
     done = subprocess.run([sys.executable, "-c", EIGHT], env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -131,7 +132,7 @@ def free_port():
         return s.getsockname()[1]
 
 
-@pytest.mark.parametrize(("of", "victim"), [(2, None), (4, 0)], ids=["two to the end", "four, and the coordinator is killed"])
+@pytest.mark.parametrize(("of", "victim"), [(2, None), (3, 0)], ids=["two to the end", "three, and the coordinator is killed"])
 def test_processes_share_a_study(of, victim, tmp_path, environment, whole):
     port = free_port()
     delays = [3.0 if i == victim else 0.0 for i in range(of)]
@@ -149,7 +150,7 @@ def test_processes_share_a_study(of, victim, tmp_path, environment, whole):
         assert sorted(p.suffix for p in tmp_path.iterdir()) == [".nc", ".png", ".png", ".png"]
         return
     kept = sorted(tmp_path.glob("study.chunks/*.npz"))
-    assert len(kept) in (6, 7)
+    assert len(kept) in (5, 6)  # those of two processes, and one of the victim at most
     before = [p.read_bytes() for p in kept]
     with Store(tmp_path / "study.chunks") as store:
         close(study.run(CONFIG, store=store, resume=True), whole)
