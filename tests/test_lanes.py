@@ -19,6 +19,10 @@ X = np.random.default_rng(0).normal(size=(6, 4))
 LABELS = np.arange(6) % 3
 
 
+def draw(net, depth):
+    return jax.jit(net.init, static_argnums=1)(KEY, depth)
+
+
 def readings(net, params, depths, segment):
     batch = X.astype(params.embed.w.dtype), LABELS
     return jax.jit(lambda p: read(net, p, batch, loss=losses.cross_entropy, depths=np.asarray(depths), segment=segment))(params)
@@ -28,7 +32,7 @@ def readings(net, params, depths, segment):
 def test_segments_change_no_reading(x64, hidden):
     """4 does not divide the 9 hidden layers; 20 is more than there are, and the same as all."""
     net = vgrad.mlp(8, "tanh", 4, 3, sigma_w=1.3, hidden=hidden)
-    params = net.init(KEY, 11)
+    params = draw(net, 11)
     in_segments, whole = (readings(net, params, [2, 3, 6, 7, 11], segment) for segment in (4, 20))
     for ours, theirs in zip(in_segments, whole, strict=True):
         log = [0.5 * jnp.log(n.sumsq) + n.exponent * np.log(2) for n in (ours, theirs)]
@@ -37,11 +41,11 @@ def test_segments_change_no_reading(x64, hidden):
 
 def test_groups_of_any_size_change_no_reading(monkeypatch):
     net = vgrad.mlp(8, "relu", 4, 3, sigma_w=1.4)
-    params, depths = net.init(KEY, 9), [2, 3, 5, 8, 9]
+    params, depths = draw(net, 9), [2, 3, 5, 8, 9]
     module, seen = importlib.import_module("vgrad.profile"), []
     for size in (1, 2, 5):
         monkeypatch.setattr(module, "group_size", lambda entries, lane, size=size: size)
-        seen.append(to_profile(readings(net, params, depths, None), depths))
+        seen.append(to_profile(jax.device_get(readings(net, params, depths, None)), depths))
     for other in seen[1:]:
         for ours, theirs in zip(other, seen[0], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
