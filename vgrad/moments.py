@@ -44,10 +44,16 @@ def compiled(fn):
 
     @functools.wraps(fn)
     def call(phi, *args, **kwargs):
-        for name, number in signature.bind(phi, *args, **kwargs).arguments.items():
+        bound = signature.bind(phi, *args, **kwargs)
+        bound.apply_defaults()
+        phi, numbers = bound.arguments.pop("phi"), dict(bound.arguments)
+        for name, number in numbers.items():
             if name in ("sigma_w", "sigma_b", "q", "q_0") and number is not None:
                 check_sigma(name, number)
-        return run(activations.facts(phi), *args, **kwargs)
+        if not any(isinstance(n, jax.Array) for n in numbers.values()):  # 1, 1.0, np.float64(1) and a default are one program
+            dtype = jnp.result_type(float)
+            numbers = {name: n if n is None or name == "num" else jnp.asarray(n, dtype) for name, n in numbers.items()}
+        return run(activations.facts(phi), **numbers)
 
     return call
 
