@@ -14,9 +14,8 @@ from vgrad import activations, backprop, losses
 
 BATCH, IN_DIM, WIDTH, OUT_DIM = 6, 4, 8, 3
 RNG = np.random.default_rng(0)
-X = jnp.asarray(RNG.normal(size=(BATCH, IN_DIM)), jnp.float32)
-TARGET = jnp.asarray(RNG.normal(size=(BATCH, OUT_DIM)), jnp.float32)
-LABELS = jnp.array([0, 1, 2, 0, 1, 2])
+X, TARGET = (np.float32(RNG.normal(size=(BATCH, n))) for n in (IN_DIM, OUT_DIM))
+LABELS = np.array([0, 1, 2, 0, 1, 2])
 
 
 def cubic(z):
@@ -28,12 +27,12 @@ def network(phi, output="identity"):
 
 
 NET = network("tanh")
-DRAWN = jax.jit(lambda: NET.init(jax.random.key(3), 1000))()
+DRAWN = jax.device_get(jax.jit(lambda: NET.init(jax.random.key(3), 1000))())
 
 
 def params_of(depth):
     """The networks of one key share their layers, whatever phi is: drawn once, cut to length."""
-    return DRAWN._replace(hidden=jax.tree.map(lambda a: jnp.asarray(np.asarray(a)[: depth - 2]), DRAWN.hidden))
+    return DRAWN._replace(hidden=jax.tree.map(lambda a: a[: depth - 2], DRAWN.hidden))
 
 
 PARAMS = params_of(4)
