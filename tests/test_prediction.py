@@ -85,3 +85,11 @@ def test_bad_input(change, error, message):
     how = dict(batch=(X, LABELS), depth=4) | HOW | change
     with pytest.raises(error, match=message):
         predict("tanh", how.pop("batch"), **how)
+
+
+def test_a_mean_slope_that_passes_zero_is_no_pole():
+    """cos averages to zero at some layer of some draw: what is then met again on the way back is small, and not large."""
+    how = dict(width=16, depth=4, out_dim=2, weights="positive_uniform", sigma_b=0.1)
+    sigma_w = np.float32(0.4 + 2.6 * np.array([9, 35]) / 39)
+    found = jax.jit(jax.vmap(lambda s: predict("sin", (np.ones((1, 4)), np.array([1])), sigma_w=s, **how)))(sigma_w)
+    assert np.all(found.log_delta - found.mean_log_delta < 4)  # else one draw of many rules the mean

@@ -227,11 +227,12 @@ def _feedback(hs, scales, gains, width):
     """By what the sums of delta over the units change [L-1, B], since weights that z depends on are met again on the way back.
 
     By parts, the fluctuating half of W_{l+1} has E[(g delta)_j] = sigma^2 / n h_j sum_i delta_i phi''_i / phi'_i: of the order of
-    1 / sqrt(n) of what its mean brings, and summed over units as that is.
+    1 / sqrt(n) of what its mean brings, and summed over units as that is. Of a mean slope of zero the ratio is large and the
+    product is not: so no power of it.
     """
     above = jnp.concatenate([hs.bend[1:] * jnp.exp(scales[:-2] - scales[1:-1]), jnp.zeros_like(hs.bend[:1])])
     ratio = kernels.divide(jnp.square(gains[:, 1]), gains[:, 0] * math.sqrt(width))
-    return jnp.exp(ratio[:, None] * above * hs.mixed)
+    return 1 + ratio[:, None] * above * hs.mixed
 
 
 def _own_sums(cotangent, cov, scale, hs, gain, width):

@@ -1,8 +1,8 @@
 """Numbers that neither underflow nor overflow: a float array m and one integer exponent k, standing for m * 2^k.
 
 The backward pass is linear in the cotangent, and multiplying by a power of two is exact in floating point. So a signal may be
-divided by 2^e where it grows or shrinks and e added to an integer: nothing is lost at depth 10,000, and where plain floats would have
-been enough the result is the same to the last bit. The equation of this module is
+divided by 2^e where it grows or shrinks and e added to an integer: nothing is lost at depth 10,000, and where plain floats would
+have been enough the result is the same to the last bit. The equation of this module is
 
     value = m 2^k,    ln ||value|| = ln(sum_i (m_i 2^-e)^2) / 2 + (k + e) ln 2,    2^(e-1) <= max_i |m_i| < 2^e,
 
