@@ -27,7 +27,7 @@ from jax import lax
 
 from vgrad.base import Block, Network
 from vgrad.layers import affine_of, with_probe
-from vgrad.scaled import Scaled, change_if, exponent, headroom, log_ratio, norm, pow2, reach, scale, sumsq
+from vgrad.scaled import Scaled, change_if, headroom, log_ratio, norm, pow2, scale, sumsq, unit
 
 __all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "groups", "linearise", "readout", "segment_length", "stack"]
 
@@ -218,7 +218,7 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
         """The lanes below layer l with entries of order 1, and in its place the network whose readout stands there."""
         c, e = state
         # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-        by = jnp.clip(exponent(c, (1, 2)), -reach(c.dtype), reach(c.dtype))
+        by = unit(c, (1, 2))
         c, e, enters = scale(c, -by[:, None, None]), e + by, entries == l
         return Lanes(jnp.where(enters[:, None, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
@@ -253,8 +253,8 @@ def _at(tree, l):
 
 def _rescaled(c, e):
     """One lane with its entries brought to order 1. Exact."""
-    by = exponent(c)
-    return Lanes(pow2(c, -by), e + by)
+    by = unit(c)
+    return Lanes(scale(c, -by), e + by)
 
 
 def _loss_cotangent(loss, y: Scaled):
@@ -264,13 +264,13 @@ def _loss_cotangent(loss, y: Scaled):
     """
     edge, step = jnp.sign(y.k) * headroom(y.m.dtype), 6
     slope = lambda inside: jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside))  # noqa: E731
+    g = slope(0)
 
     def degree(none):
-        ratio = log_ratio(*(_norm(slope(none + inside)) for inside in (0, step)))
-        degree = jnp.round(ratio / (step * jnp.log(2.0).astype(ratio.dtype)))
+        degree = jnp.round(log_ratio(_norm(g), _norm(slope(step + none))) / (step * jnp.log(2.0).astype(g.dtype)))
         return jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
 
-    return _rescaled(slope(0), change_if(y.k != 0, degree, jnp.zeros((), jnp.int32)) * (y.k - edge))
+    return _rescaled(g, change_if(y.k != 0, degree, jnp.zeros((), jnp.int32)) * (y.k - edge))
 
 
 def _norm(x):

@@ -42,6 +42,7 @@ __all__ = [
     "shift",
     "sumsq",
     "tidy",
+    "unit",
     "usually",
 ]
 
@@ -113,6 +114,11 @@ def exponent(x: Array, axis=None) -> Array:
     return _exponent_of(jnp.max(jnp.abs(x), axis=axis, initial=0.0))
 
 
+def unit(x: Array, axis=None) -> Array:
+    """`exponent` as far as one factor reaches: scale(x, -unit(x)) is of order 1, and at most 4."""
+    return jnp.clip(exponent(x, axis), -reach(x.dtype), reach(x.dtype))
+
+
 def _exponent_of(top):
     f = _layout(top.dtype)
     e = (lax.bitcast_convert_type(top, f.integer) >> f.nmant) - (f.bias - 1)
@@ -181,8 +187,8 @@ def _in_units(x, k):
 
 def norm(x: Scaled) -> LogNorm:
     """Frobenius norm of all entries. The exponent comes in the dtype of x.m, so that the pair can travel as floats."""
-    e = exponent(x.m)
-    return LogNorm(sumsq(pow2(x.m, -e)), (e + x.k).astype(x.m.dtype))
+    e = unit(x.m)
+    return LogNorm(sumsq(scale(x.m, -e)), (e + x.k).astype(x.m.dtype))
 
 
 def sumsq(x: Array) -> Array:
@@ -192,8 +198,8 @@ def sumsq(x: Array) -> Array:
 
 def tidy(n: LogNorm) -> LogNorm:
     """The same norm with sumsq of order 1: only then is the logarithm of the pair as accurate as the pair."""
-    by, dtype = exponent(n.sumsq[..., None], -1) >> 1, n.sumsq.dtype
-    return LogNorm(pow2(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
+    by, dtype = unit(n.sumsq[..., None], -1) >> 1, n.sumsq.dtype
+    return LogNorm(scale(n.sumsq, -2 * by), n.exponent.astype(dtype) + by.astype(dtype))
 
 
 def log(n: LogNorm):
