@@ -162,9 +162,9 @@ def group_size(entries: np.ndarray, lane: int) -> int:
     """How many lanes, of so many entries each, go down together.
 
     A larger group has more idle lanes, see `descend`, and a smaller one more steps. On CPU it should also stay in the cache: there
-    a step costs what it costs to touch 2^12 entries, and 12 times as many stay; an accelerator is idle below millions.
+    a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator is idle below millions.
     """
-    step, most = (2**12, 12 * 2**12) if jax.default_backend() == "cpu" else (2**20, 2**24)
+    step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
 
     def cost(size):
         own = entries[groups(len(entries), size)]
