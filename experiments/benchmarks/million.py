@@ -70,8 +70,6 @@ def measure(size: Size, seeds: int, chunk: int) -> dict[str, Any]:
         )  # fmt: skip
         return time.perf_counter() - start, statistics
 
-    cold, _ = run(chunk)
-    warm, statistics = run(max(1, round(seeds / chunk)) * chunk, first=chunk)
     place = lambda a, *axes: jax.device_put(a, jax.NamedSharding(mesh, jax.P(*axes)))  # noqa: E731
     a, b = place(np.ones((mesh.size, 4096, 1024), np.float32), "cases"), place(np.ones((1024, 1024), np.float32))
     product = jax.jit(jax.shard_map(
@@ -79,10 +77,17 @@ def measure(size: Size, seeds: int, chunk: int) -> dict[str, Any]:
         in_specs=(jax.P("cases"), jax.P()), out_specs=jax.P("cases"), check_vma=False,
     ))  # fmt: skip
     times = []
-    for _ in range(12):
-        start = time.perf_counter()
-        product(a, b).block_until_ready()
-        times.append(time.perf_counter() - start)
+
+    def products():
+        for _ in range(25):
+            start = time.perf_counter()
+            product(a, b).block_until_ready()
+            times.append(time.perf_counter() - start)
+
+    cold, _ = run(chunk)
+    products()  # before and after: a shared machine is seldom as fast as it was a moment ago
+    warm, statistics = run(max(1, round(seeds / chunk)) * chunk, first=chunk)
+    products()
     first = statistics.mean_log.log_grad_w
     return {
         "cold": cold, "warm": warm, "seeds": max(1, round(seeds / chunk)) * chunk, "devices": jax.device_count(),
