@@ -30,12 +30,12 @@ study: .venv/.study
 	$(BIN)/python -m vgrad study --resume
 
 test: .venv/.test
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 check: .venv/.test
 	$(BIN)/ruff check .
 	$(BIN)/basedpyright --level error
-	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadgroup
 
 bench: .venv/.test
 	$(BIN)/python experiments/benchmarks/depth_sweep.py

@@ -46,14 +46,13 @@ def compiled(fn):
     def call(phi, *args, **kwargs):
         bound = signature.bind(phi, *args, **kwargs)
         bound.apply_defaults()
-        phi, numbers = bound.arguments.pop("phi"), dict(bound.arguments)
+        phi, options = bound.arguments.pop("phi"), dict(bound.arguments)
+        numbers = {name: n for name, n in options.items() if n is not None and name != "num"}
         for name, number in numbers.items():
-            if name in ("sigma_w", "sigma_b", "q", "q_0") and number is not None:
+            if name in ("sigma_w", "sigma_b", "q", "q_0"):
                 check_sigma(name, number)
-        if not any(isinstance(n, jax.Array) for n in numbers.values()):  # 1, 1.0, np.float64(1) and a default are one program
-            dtype = jnp.result_type(float)
-            numbers = {name: n if n is None or name == "num" else jnp.asarray(n, dtype) for name, n in numbers.items()}
-        return run(activations.facts(phi), **numbers)
+        options |= zip(numbers, checked(*numbers.values()), strict=True)  # 1, 1.0, np.float64(1) and a default are one program
+        return run(activations.facts(phi), **options)
 
     return call
 

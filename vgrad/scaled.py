@@ -115,7 +115,7 @@ def exponent(x: Array, axis=None) -> Array:
 
 
 def unit(x: Array, axis=None) -> Array:
-    """`exponent` as far as one factor reaches: scale(x, -unit(x)) is of order 1, and at most 4."""
+    """`exponent` within ±`reach`, an int32: scale(x, -unit(x)) is exact, of order 1 for normal x, and below 4."""
     return jnp.clip(exponent(x, axis), -reach(x.dtype), reach(x.dtype))
 
 
