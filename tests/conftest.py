@@ -14,7 +14,7 @@ jax.config.update("jax_platforms", "cpu")
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
     # A worker a core, so one thread each. The older emitters compile in half the time; later jaxlibs stop at the flag.
-    flags = "--xla_cpu_multi_thread_eigen=false"
+    flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1"
     if jax.__version_info__ < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"

@@ -27,9 +27,9 @@ from jax import lax
 
 from vgrad.base import Block, Network
 from vgrad.layers import affine_of, with_probe
-from vgrad.scaled import Scaled, change_if, headroom, log_ratio, norm, pow2, scale, sumsq, unit
+from vgrad.scaled import Scaled, bare, change_if, headroom, log_ratio, norm, pow2, scale, sumsq, unit
 
-__all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "groups", "linearise", "readout", "segment_length", "stack"]
+__all__ = ["Lanes", "Stack", "carry", "descend", "group_size", "grouped", "linearise", "readout", "segment_length", "stack"]
 
 
 _ROOM = 16  # lanes are left as they are while their squares sum up to 2^±16: far from where those leave the float range
@@ -90,7 +90,7 @@ def stack(block: Block, hidden, z: Scaled, entries, length: int) -> Stack:
 
     Args:
       hidden: parameters of L - 2 layers, stacked.
-      entries: of each network, how many hidden layers lie below its readout. Shape [D].
+      entries: of each network, how many hidden layers lie below its readout. Shape [D], a NumPy array or one traced number.
       length: K; L - 2 keeps what all layers need, less walks every layer once more.
     """
     num, form = jax.tree.leaves(hidden)[0].shape[0], {}
@@ -111,8 +111,13 @@ def stack(block: Block, hidden, z: Scaled, entries, length: int) -> Stack:
 
     # Networks leave at their entries; all other layers write to one slot more, which nobody reads.
     num_segments = -(-num // length)
-    slot = jnp.full(num_segments * length + 1, entries.shape[0], jnp.int32)
-    slot = slot.at[entries].set(jnp.arange(entries.shape[0], dtype=jnp.int32))
+    below = np.arange(num_segments * length + 1)
+    if isinstance(entries, np.ndarray):
+        slot = np.full(below.size, entries.size)
+        slot[entries] = np.arange(entries.size)
+    else:
+        slot = below != entries
+    slot = jnp.asarray(slot, jnp.int32)
     put = lambda slots, z, i: jax.tree.map(lambda a, v: lax.dynamic_update_index_in_dim(a, v, i, 0), slots, z)  # noqa: E731
     slots = put(jax.tree.map(lambda a: jnp.zeros((entries.shape[0] + 1, *a.shape), a.dtype), z), z, slot[0])
 
@@ -150,12 +155,14 @@ def segment_length(block: Block, hidden, z: Scaled) -> int:
     return num if num * size <= 2**29 else math.isqrt(num - 1) + 1
 
 
-def groups(num: int, size: int) -> np.ndarray:
-    """Which of `num` networks, in the order of their depths, go down together. Shape [., size].
+def grouped(a, size: int):
+    """What belongs to each network, in the order of their depths, [D, ...], by the groups that go down together. [., size, ...].
 
     Cut from the deepest down; what is missing from the last group is made up by copies of the shallowest network.
     """
-    return np.pad(np.arange(num, dtype=np.int32), (-num % size, 0), mode="edge").reshape(-1, size)
+    xp: Any = np if isinstance(a, np.ndarray) else jnp
+    missing = -len(a) % size
+    return (xp.concatenate([a[:1]] * missing + [a]) if missing else a).reshape(-1, size, *a.shape[1:])
 
 
 def group_size(entries: np.ndarray, lane: int) -> int:
@@ -165,9 +172,11 @@ def group_size(entries: np.ndarray, lane: int) -> int:
     a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator is idle below millions.
     """
     step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
+    if step == 2**12 and np.sum(entries + 1) <= 2**5:  # so few steps are not worth the larger program
+        return 1
 
     def cost(size):
-        own = entries[groups(len(entries), size)]
+        own = grouped(entries, size)
         meet, deepest = own[:, size // 2 - 1], own[:, -1]
         return np.sum((step + size * lane) * (meet + 1) + (step + (size - size // 2) * lane) * (deepest - meet))
 
@@ -262,16 +271,20 @@ def _loss_cotangent(loss, y: Scaled):
 
     Of degree 1 for the squared error of an exploding output, 0 for the cross-entropy, and exact to rounding for both.
     """
-    edge, step = jnp.sign(y.k) * headroom(y.m.dtype), 6
-    slope = lambda inside: jax.grad(loss)(pow2(y.m, edge - jnp.sign(y.k) * inside))  # noqa: E731
-    g = slope(0)
+    side, step = jnp.sign(y.k), 6
+    edge = side * headroom(y.m.dtype)
 
-    def degree(none):
-        degree = jnp.round(log_ratio(_norm(g), _norm(slope(step + none))) / (step * jnp.log(2.0).astype(g.dtype)))
-        return jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32) * jnp.sign(y.k)
+    def at(state):
+        """dJ/dy so many steps within the edge, and at the point before; one loop, so that the loss is compiled once."""
+        steps, g, _ = state
+        return steps - 1, jax.grad(loss)(pow2(y.m, edge - side * steps * step)), g
 
-    return _rescaled(g, change_if(y.k != 0, degree, jnp.zeros((), jnp.int32)) * (y.k - edge))
+    zero = jnp.zeros_like(y.m)
+    _, g, within = lax.while_loop(lambda state: state[0] >= 0, at, (jnp.abs(side), zero, zero))
+    degree = jnp.round(log_ratio(_norm(g), _norm(within)) / (step * jnp.log(2.0).astype(g.dtype)))
+    degree = jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32)
+    return _rescaled(g, degree * side * (y.k - edge))
 
 
 def _norm(x):
-    return norm(Scaled(x, jnp.zeros((), jnp.int32)))
+    return norm(bare(x))

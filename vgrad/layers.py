@@ -21,7 +21,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import Scaled, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, usually
+from vgrad.scaled import Scaled, bare, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, unit, usually
 
 __all__ = [
     "Probed",
@@ -75,9 +75,9 @@ def affine(p: Affine | Probed, h, *, precision="highest"):
         return z + jnp.broadcast_to(p.b, z.shape)
     if not isinstance(p, Probed):
         raise TypeError("a Scaled input needs probed parameters: see layers.with_probe.")
-    e = exponent(h.m)
+    e = unit(h.m)
     m, k = shift(h.m, -e), h.k + e
-    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + lift(p.b[None])
+    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + bare(p.b[None])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 
 from vgrad.base import Array, Network, Params, Profile
-from vgrad.lanes import carry, descend, group_size, groups, linearise, readout, segment_length, stack
+from vgrad.lanes import carry, descend, group_size, grouped, linearise, readout, segment_length, stack
 from vgrad.network import check_depth, check_input
 from vgrad.scaled import LogNorm, lift, log, log_ratio, tidy
 
@@ -111,29 +111,31 @@ def read(
     static = isinstance(depths, np.ndarray)
     num_hidden = (int(depths[-1]) - 2) if static else jax.tree.leaves(params.hidden)[0].shape[0]
     hidden = jax.tree.map(lambda p: p[:num_hidden], params.hidden)
-    entries = jnp.asarray(depths, jnp.int32) - 2  # of each network, how many hidden layers lie below its readout
+    entries = depths - 2  # of each network, how many hidden layers lie below its readout
 
     z, embed_vjp = linearise(net.embed, params.embed, lift(x))
     length = segment_length(net.block, hidden, z) if segment is None else segment
     below = stack(net.block, hidden, z, entries, length)
 
-    def group(which):
-        """The norms [G, L, 5, 2] of a few networks, and of their z_L [G, 2]."""
-        tops, at = jax.tree.map(lambda a: a[which], below.tops), entries[which]
+    def group(some):
+        """The norms [G, L, 5, 2] of a few networks, z_L aside."""
+        tops, entries, is_top = some
         lanes, top, z_top = jax.vmap(lambda z: readout(net, params.readout, z, lambda y: loss(y, t)))(tops)
-        lanes, norms = descend(lanes, at, below)
+        lanes, norms = descend(lanes, entries, below)
         _, first = jax.vmap(embed_vjp)(lanes.c)
         # One row per layer; in row d of the network of depth d stands its readout.
         norms = jnp.concatenate([carry(first, lanes.e)[None], norms, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
-        return jnp.where(is_top[which, :, None, None], top[:, None], norms), z_top
+        norms = jnp.where(is_top[:, :, None, None], top[:, None], norms)
+        # h_l is the input of layer l + 1; at the last layer stands z_L.
+        h = jnp.where(is_top[:, :, None], z_top[:, None], jnp.roll(norms[:, :, 4], -1, axis=1))
+        return jnp.concatenate([norms[:, :, :4], h[:, :, None]], axis=2)
 
-    is_top = jnp.arange(num_hidden + 2, dtype=jnp.int32)[None] == entries[:, None] + 1
-    num, size = entries.shape[0], group_size(depths - 2, z.m.size) if static else 1
-    norms, z_top = (a.reshape(-1, *a.shape[2:])[-num:] for a in lax.map(group, jnp.asarray(groups(num, size))))
-    delta, grad_w, grad_b, delta_in, h_in = (tidy(LogNorm(norms[:, :, i, 0], norms[:, :, i, 1])) for i in range(5))
-    # h_l is the input of layer l + 1; at the last layer stands z_L.
-    h = LogNorm(*(jnp.where(is_top, z_top[:, i, None], jnp.roll(h_in[i], -1, axis=-1)) for i in range(2)))
-    return Readings(delta, grad_w, grad_b, delta_in, h)
+    is_top = np.arange(num_hidden + 2) == entries[:, None] + 1
+    num, size = len(entries), group_size(entries, z.m.size) if static else 1
+    each = jax.tree.map(lambda a: a[:num], below.tops), jnp.asarray(entries, jnp.int32), jnp.asarray(is_top)
+    norms = lax.map(group, jax.tree.map(lambda a: grouped(a, size), each))
+    norms = norms.reshape(-1, *norms.shape[2:])[-num:]  # [D, L, 5, 2]
+    return Readings(*map(LogNorm, *tidy(LogNorm(*jnp.moveaxis(norms, (3, 2), (0, 1))))))
 
 
 def to_profile(readings: Readings, depths) -> Profile:

@@ -28,6 +28,7 @@ __all__ = [
     "LogNorm",
     "Scaled",
     "add",
+    "bare",
     "canonical",
     "change_if",
     "exponent",
@@ -88,15 +89,14 @@ def headroom(dtype) -> int:
 
 
 def pow2(x: Array, e: Array) -> Array:
-    """x * 2^e, exact unless the result leaves the float range; `e` broadcasts against `x`.
+    """x * 2^e, exact unless the result leaves the float range, and 0 for e below -2 `reach`; `e` broadcasts against `x`.
 
-    Three factors: 2^e alone overflows before x * 2^e does, and from the least subnormal to the largest number it takes three.
+    Two factors of half the way each: 2^e alone overflows before x * 2^e does. A subnormal x may count as 0.
     """
-    reach = _layout(x.dtype).reach
-    for _ in range(3):
-        step = jnp.clip(e, -reach, reach)
-        x, e = x * _two_to(step, x.dtype), e - step
-    return x
+    most = 2 * _layout(x.dtype).bias
+    e = jnp.clip(e, -most, most)
+    half = e >> 1
+    return x * _two_to(half, x.dtype) * _two_to(e - half, x.dtype)
 
 
 def scale(x: Array, e: Array) -> Array:
@@ -116,7 +116,7 @@ def exponent(x: Array, axis=None) -> Array:
 
 def unit(x: Array, axis=None) -> Array:
     """`exponent` within ±`reach`, an int32: scale(x, -unit(x)) is exact, of order 1 for normal x, and below 4."""
-    return jnp.clip(exponent(x, axis), -reach(x.dtype), reach(x.dtype))
+    return jnp.minimum(exponent(x, axis), reach(x.dtype))
 
 
 def _exponent_of(top):
@@ -140,6 +140,7 @@ def _layout(dtype):
 
 
 def _two_to(e, dtype):
+    """2^e for -bias <= e <= bias; 0 at -bias."""
     f = _layout(dtype)
     return lax.bitcast_convert_type((e.astype(f.integer) + f.bias) << f.nmant, dtype)
 
@@ -153,9 +154,14 @@ def shift(m: Array, e: Array) -> Array:
 shift.defvjp(lambda m, e: (pow2(m, e), None), lambda _, c: (c, None))
 
 
+def bare(x: Array) -> Scaled:
+    """A plain array as x 2^0 of any size. What is not finite becomes NaN: saturation must not turn inf into a plausible 1."""
+    return Scaled(jnp.where(jnp.isfinite(x), x, jnp.nan), jnp.zeros((), jnp.int32))
+
+
 def lift(x: Array) -> Scaled:
-    """A plain array as a `Scaled` number. A non-finite entry becomes NaN: saturation must not turn inf into a plausible 1."""
-    return canonical(Scaled(jnp.where(jnp.isfinite(x), x, jnp.nan), jnp.zeros((), jnp.int32)))
+    """`bare`, in standard units."""
+    return canonical(bare(x))
 
 
 def canonical(x: Scaled) -> Scaled:
