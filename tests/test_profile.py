@@ -229,6 +229,11 @@ def test_one_compilation_for_one_network():
     before = _compiled._cache_size()
     measured(jax.tree.map(lambda p: 2 * p, PARAMS))
     assert _compiled._cache_size() == before
+    # One for all that differ in their draws, too, and for no other.
+    measured(net=vgrad.mlp(8, "tanh", 7, 5, sigma_w=2.0, weights="orthogonal"))
+    assert _compiled._cache_size() == before
+    for other in (dict(phi="relu"), dict(phi="tanh", precision="default"), dict(phi="tanh", hidden=layers.residual)):
+        assert vgrad.mlp(8, in_dim=7, out_dim=5, **other).block.apply != NET.block.apply
 
 
 def test_a_nan_in_a_layer_stays_with_the_networks_that_have_it():

@@ -10,9 +10,10 @@ the second from two [B, B] Gram matrices, so that dJ/dW is never formed where th
 written once; what is measured and what is trained are the same function.
 """
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.core
@@ -238,19 +239,48 @@ def linear(
         b = jnp.zeros(fan_out, dtype) if no_bias else jnp.asarray(sigma_b, dtype) * jax.random.normal(key_b, (fan_out,), dtype)
         return Affine(w, b)
 
-    return Block(init, partial(affine, precision=precision))
+    return Block(init, _Linear(precision))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Linear:
+    """What a block does to its input, as a value: two that do the same are equal, and what is compiled for one serves the other."""
+
+    precision: Any
+
+    def __call__(self, p, h):
+        return affine(p, h, precision=self.precision)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Dense(_Linear):
+    phi: Phi
+    normalised: bool = False
+    skips: bool = False
+
+    def __call__(self, p, z):
+        out = super().__call__(p, activate(self.phi, normalise(z) if self.normalised else z))
+        return z + out if self.skips else out
 
 
 def dense(fan_in, fan_out, *, phi, **options) -> Block:
     """z -> phi(z) @ w + b. Options as for `linear`."""
-    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
-    return Block(init, lambda p, z: apply(p, activate(phi, z)))
+    return _dense(fan_in, fan_out, phi, options)
+
+
+def _dense(fan_in, fan_out, phi, options, **kind):
+    own, draws = activations.get(phi), linear(fan_in, fan_out, **options)
+    phi, precision = own, cast(_Linear, draws.apply).precision
+    try:
+        hash(own)
+    except TypeError:  # a callable made of arrays, say: equal to itself alone
+        phi = lambda z: own(z)  # noqa: E731
+    return Block(draws.init, _Dense(precision, phi, **kind))
 
 
 def layernorm_dense(fan_in, fan_out, *, phi, **options) -> Block:
     """z -> phi(normalise(z)) @ w + b: the summed inputs normalised, with no gain or bias of their own. Ba et al., 2016, eq. 4."""
-    phi, (init, apply) = activations.get(phi), linear(fan_in, fan_out, **options)
-    return Block(init, lambda p, z: apply(p, activate(phi, normalise(z))))
+    return _dense(fan_in, fan_out, phi, options, normalised=True)
 
 
 def residual(fan_in, fan_out, *, phi, **options) -> Block:
@@ -258,7 +288,4 @@ def residual(fan_in, fan_out, *, phi, **options) -> Block:
 
     Where fan_in and fan_out differ, as in a readout, there is nothing to add to, and the block is `dense`.
     """
-    branch = dense(fan_in, fan_out, phi=phi, **options)
-    if fan_in != fan_out:
-        return branch
-    return Block(branch.init, lambda p, z: z + branch.apply(p, z))
+    return _dense(fan_in, fan_out, phi, options, skips=fan_in == fan_out)

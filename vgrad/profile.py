@@ -63,7 +63,13 @@ def profile(
     own = jax.tree.leaves(params.hidden)[0].shape[0] + 2
     depths = check_depths([own] if depths is None else depths, own)
     check_loss(net, params, batch, loss)
-    return _compiled(net, params, batch, loss, depths)
+    return _compiled(_what_is_measured(net), params, batch, loss, depths)
+
+
+def _what_is_measured(net: Any) -> Network:
+    """The network without its draws: those of other weights share its program."""
+    blocks = (block._replace(init=None) for block in (net.embed, net.block, net.readout))
+    return net._replace(init=None, forward=None, **dict(zip(("embed", "block", "readout"), blocks, strict=True)))
 
 
 # Compiled as a whole and once per (net, loss, depths), because primitive by primitive the same pass takes seconds.
@@ -130,7 +136,7 @@ def read(
         h = jnp.where(is_top[:, :, None], z_top[:, None], jnp.roll(norms[:, :, 4], -1, axis=1))
         return jnp.concatenate([norms[:, :, :4], h[:, :, None]], axis=2)
 
-    is_top = np.arange(num_hidden + 2) == entries[:, None] + 1
+    is_top = np.arange(num_hidden + 2)[None] == entries[:, None] + 1
     num, size = len(entries), group_size(entries, z.m.size) if static else 1
     each = jax.tree.map(lambda a: a[:num], below.tops), jnp.asarray(entries, jnp.int32), jnp.asarray(is_top)
     norms = lax.map(group, jax.tree.map(lambda a: grouped(a, size), each))
