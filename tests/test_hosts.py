@@ -1,6 +1,6 @@
 """Many devices and many processes: the numbers are those of one, and whoever dies takes nobody along.
 
-Processes share a cache of compiled programs, so that only the first of them compiles.
+Processes share the suite's cache of compiled programs, so that only the first of them compiles.
 """
 
 import importlib
@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from distributed import Client, LocalCluster
@@ -24,7 +25,6 @@ from vgrad.chunkstore import Store
 
 pytestmark = pytest.mark.xdist_group("hosts")  # its fixtures are costly: one process for all
 
-CONFIG = study.Config(phi=("relu",), init=("xavier", "he"), depths=(2, 3), num_seeds=8, width=8, batch=4, chunk=2)  # 8 chunks
 OPTIONS = "--phi relu --init xavier he --depths 2 3 --num-seeds 8 --width 8 --batch 4 --chunk 2 --quiet"
 # One chunk takes a while, so that there is a moment at which to kill.
 SLOW = """
@@ -49,15 +49,23 @@ print(jax.device_count())
 
 
 @pytest.fixture(scope="module")
-def whole():
-    return study.run(CONFIG)
+def config(tmp_path_factory):
+    """Eight chunks, of data of one's own: the digits come with a library that takes every process a second to import."""
+    path = tmp_path_factory.mktemp("data") / "own.npz"
+    np.savez(path, x=np.random.default_rng(0).standard_normal((40, 6)), y=np.arange(40) % 3)
+    return study.Config(phi=("relu",), init=("xavier", "he"), depths=(2, 3), num_seeds=8, width=8, batch=4, chunk=2, data=path)
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """For child processes: one device each, no more optimisation than here, and a cache in common."""
-    folder = str(tmp_path_factory.mktemp("cache"))
-    cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+def whole(config):
+    return study.run(config)
+
+
+@pytest.fixture(scope="module")
+def environment():
+    """For child processes: one device each, no more optimisation than here, and this process's cache."""
+    folder = str(jax.config.jax_compilation_cache_dir)
+    cache = {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | cache
 
 
@@ -84,11 +92,11 @@ def test_eight_devices_are_one_to_rounding_and_say_nothing_to_each_other(tmp_pat
             assert collective not in program
 
 
-def test_chunks_in_processes_of_a_pool(environment, whole, monkeypatch):
+def test_chunks_in_processes_of_a_pool(environment, config, whole, monkeypatch):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        close(study.run(CONFIG, executor=pool), whole)
+        close(study.run(config, executor=pool), whole)
 
 
 @pytest.fixture
@@ -100,7 +108,7 @@ def client(environment, monkeypatch):
         yield client
 
 
-def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, whole):
+def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, config, whole):
     killed, workers = [], client.run(os.getpid)
 
     def kill_one(progress):
@@ -109,20 +117,20 @@ def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, whole):
             os.kill(killed[0], signal.SIGKILL)
 
     with Store(tmp_path / "store") as store:
-        close(study.run(CONFIG, store=store, executor=client.get_executor(), on_progress=kill_one), whole)
+        close(study.run(config, store=store, executor=client.get_executor(), on_progress=kill_one), whole)
     assert killed
     assert killed[0] not in client.run(os.getpid).values()
 
     sys.path.insert(0, str(Path(__file__).parents[1] / "experiments" / "cluster"))
     script = importlib.import_module("dask_study")
     sys.path.pop(0)
-    close(files.load(script.main(client.scheduler.address, tmp_path, CONFIG)), whole)
+    close(files.load(script.main(client.scheduler.address, tmp_path, config)), whole)
     assert not (tmp_path / "study.chunks").exists()
 
 
-def start(folder, environment, *, number, of, port, delay):
+def start(folder, environment, *, data, number, of, port, delay):
     where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(of), "--process-id", str(number)]
-    command = [sys.executable, "-c", SLOW, str(delay), "study", *OPTIONS.split(), "--out", str(folder), *where]
+    command = [sys.executable, "-c", SLOW, str(delay), "study", *OPTIONS.split(), "--data", str(data), "--out", str(folder), *where]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -133,10 +141,10 @@ def free_port():
 
 
 @pytest.mark.parametrize(("of", "victim"), [(2, None), (4, 0)], ids=["two to the end", "four, and the coordinator is killed"])
-def test_processes_share_a_study(of, victim, tmp_path, environment, whole):
+def test_processes_share_a_study(of, victim, tmp_path, environment, config, whole):
     port = free_port()
     delays = [3.0 if i == victim else 0.0 for i in range(of)]
-    processes = [start(tmp_path, environment, number=i, of=of, port=port, delay=delays[i]) for i in range(of)]
+    processes = [start(tmp_path, environment, data=config.data, number=i, of=of, port=port, delay=delays[i]) for i in range(of)]
     if victim is not None:  # it is slow: once there is a chunk, all have met
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("study.chunks/*.npz")) and time.monotonic() < deadline:
@@ -153,5 +161,5 @@ def test_processes_share_a_study(of, victim, tmp_path, environment, whole):
     assert len(kept) in (6, 7)  # those of three processes, and one of the victim at most
     before = [p.read_bytes() for p in kept]
     with Store(tmp_path / "study.chunks") as store:
-        close(study.run(CONFIG, store=store, resume=True), whole)
+        close(study.run(config, store=store, resume=True), whole)
     assert [p.read_bytes() for p in kept] == before

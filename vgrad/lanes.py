@@ -146,8 +146,9 @@ def stack(block: Block, hidden, z: Scaled, entries, length: int) -> Stack:
 def segment_length(block: Block, hidden, z: Scaled) -> int:
     """K: all layers if what they need is less than half a GiB, else the square root of their number, which needs the least."""
     num = jax.tree.leaves(hidden)[0].shape[0]
-    if not num:
-        return 1
+    whole = sum(p.size for p in jax.tree.leaves(hidden)) + 64 * num * z.m.size  # more than any layer keeps, and soon said
+    if whole * z.m.dtype.itemsize <= 2**29:
+        return max(num, 1)
     layer = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), hidden)
     kept = jax.tree.leaves(jax.eval_shape(lambda z, p: linearise(block, p, z)[1], z, layer))
     weights = sum(p.size * p.dtype.itemsize for p in jax.tree.leaves(layer))  # these are there in any case
