@@ -79,7 +79,8 @@ def run(config: Config) -> Result:
     swept = sweep(lambda point: rectifier(config.width, point), list(SCHEMES.values()), key=jax.random.key(0), **options)
     both = fit.decay_rate(swept.log_delta, config.depths)
     rows = np.stack([*both.log_mean_sq, *both.mean_log], axis=-1)
-    curves = {scheme: jax.jit(lambda s=scheme: train(SCHEMES[s], config, x, t))() for scheme in ("xavier", "he")}
+    trained = jax.jit(lambda point: train(point, config, x, t))
+    curves = {scheme: trained(SCHEMES[scheme]) for scheme in ("xavier", "he")}
     table = {s: dict(zip(map(str, config.learning_rates), np.asarray(c).tolist(), strict=True)) for s, c in curves.items()}
     return Result(config.width, config.depths, dict(zip(SCHEMES, rows.tolist(), strict=True)), table)
 
