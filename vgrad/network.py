@@ -72,8 +72,9 @@ def stack(embed: Block, block: Block, readout: Block, *, output: Callable[[Array
         check_depth(depth)
         key_embed, key_hidden, key_readout = jax.random.split(key, 3)
         keys = jax.vmap(lambda l: jax.random.fold_in(key_hidden, l))(jnp.arange(2, depth))
-        # One layer at a time stays in a CPU's cache. Outside a `jit` a loop would be compiled at every call.
-        loop = isinstance(key, jax.core.Tracer) and jax.default_backend() == "cpu"
+        # One layer at a time stays in a CPU's cache, where all may not. Outside a `jit` a loop would be compiled at every call.
+        size = (depth - 2) * sum(p.size for p in jax.tree.leaves(jax.eval_shape(block.init, key_hidden)))
+        loop = isinstance(key, jax.core.Tracer) and jax.default_backend() == "cpu" and size > 2**18
         hidden = lax.map(block.init, keys) if loop else jax.vmap(block.init)(keys)
         return Params(embed.init(key_embed), hidden, readout.init(key_readout))
 
