@@ -125,7 +125,7 @@ def test_the_program_does_not_grow_with_depth():
         grad = jax.make_jaxpr(jax.grad(lambda p: jnp.sum(NET.forward(p, X))))(params)
         return [len(str(jaxpr).split()) for jaxpr in (init, grad)]
 
-    assert words(10_000) == words(10)
+    assert all(deep <= shallow for deep, shallow in zip(words(10_000), words(10), strict=True))
 
 
 def test_the_gradient_is_that_of_finite_differences(x64):

@@ -22,6 +22,8 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Spec
 
+from vgrad.network import AT_ONCE
+
 __all__ = ["Shape", "at_once", "batch_size", "device_bytes", "flops", "memory", "peak", "result_bytes"]
 
 
@@ -55,6 +57,8 @@ def memory(shape: Shape, bytes_per_number: int = 4) -> float:
     depths, n, b, i, o = shape
     hidden, lanes = max(depths) - 2, len(depths)
     weights = hidden * n * n + n * (i + 2 * o)
+    if hidden * n * (n + 1) <= AT_ONCE:  # with the random bits that they are made of
+        weights *= 3.5
     kept = hidden * b * (4 * n + min(b, n))
     moving = 8 * lanes * b * max(n, i, o)
     readings = 20 * lanes * max(depths)

@@ -17,7 +17,9 @@ from jax import lax
 from vgrad import activations, layers
 from vgrad.base import Array, Block, Network, Params, Phi
 
-__all__ = ["check_depth", "check_input", "mlp", "stack"]
+__all__ = ["AT_ONCE", "check_depth", "check_input", "mlp", "stack"]
+
+AT_ONCE = 2**18  # so many hidden weights, or fewer, are drawn at once on CPU
 
 
 def mlp(
@@ -74,7 +76,7 @@ def stack(embed: Block, block: Block, readout: Block, *, output: Callable[[Array
         keys = jax.vmap(lambda l: jax.random.fold_in(key_hidden, l))(jnp.arange(2, depth))
         # One layer at a time stays in a CPU's cache, where all may not. Outside a `jit` a loop would be compiled at every call.
         size = (depth - 2) * sum(p.size for p in jax.tree.leaves(jax.eval_shape(block.init, key_hidden)))
-        loop = isinstance(key, jax.core.Tracer) and jax.default_backend() == "cpu" and size > 2**18
+        loop = isinstance(key, jax.core.Tracer) and jax.default_backend() == "cpu" and size > AT_ONCE
         hidden = lax.map(block.init, keys) if loop else jax.vmap(block.init)(keys)
         return Params(embed.init(key_embed), hidden, readout.init(key_readout))
 
