@@ -68,12 +68,12 @@ def program(steps, xp, phi, weights, dense, scan, cond):
             elif step[0] == "gate":
                 h = h * phi["sigmoid"](saved)
             elif step[0] == "roll":
-                h = xp.concatenate([h[:, 1:], h[:, :1]], 1)
+                h = xp.concatenate([h[..., 1:], h[..., :1]], -1)
             elif step[0] == "scan":
                 h = scan(step, params[step[1]], h, saved)
             else:
                 h = cond(step, params[step[1]], h)
-        return (xp.sin(h) * (1 + xp.arange(N, dtype=h.dtype)[None])).sum()
+        return (xp.sin(h) * (1 + xp.arange(N, dtype=h.dtype)[None])).sum((-2, -1))
 
     return forward
 
@@ -112,10 +112,10 @@ def in_jax(steps):
     return program(steps, jnp, phi, lambda form, w: views.get(form, lambda w: w)(w), dense, scan, cond)
 
 
-def in_numpy(steps, at, delta):
-    """The same, with `delta` added to the output of the product number `at`."""
-    count = iter(range(10**6))
-    add = lambda z: z + delta if next(count) == at else z  # noqa: E731
+def in_numpy(steps, deltas):
+    """The same, with deltas[i] added to the output of product number i; of deltas [number of products, ..., B, N]."""
+    deltas = iter(deltas)
+    add = lambda z: z + next(deltas)  # noqa: E731
     sigmoid = lambda z: 1 / (1 + np.exp(-z))  # noqa: E731
     phi = {"tanh": np.tanh, "sin": np.sin, "sigmoid": sigmoid, "silu": lambda z: z * sigmoid(z),
            "softplus": lambda z: np.log1p(np.exp(z)), "square": np.square}  # fmt: skip
@@ -169,8 +169,9 @@ def test_equals_finite_differences(x64, group):
         loss, log_delta = measured(steps, params, jnp.asarray(x))
         num = sum({"dense": 1, "scan": T, "cond": 1}.get(s[0], 0) for s in steps)
         assert len(log_delta) == num, steps
-        np.testing.assert_allclose(loss, in_numpy(steps, -1, 0)(params, x), rtol=1e-10, atol=1e-12)
-        for at in range(num):
-            unit = 1e-5 * np.eye(B * N).reshape(-1, B, N)
-            delta = [(in_numpy(steps, at, u)(params, x) - in_numpy(steps, at, -u)(params, x)) / 2e-5 for u in unit]
-            np.testing.assert_allclose(np.exp(log_delta[at]), np.linalg.norm(delta), rtol=1e-5, atol=1e-7, err_msg=str(steps))
+        # Row j of the second axis is the network with entry j of all products' outputs moved.
+        unit = np.moveaxis(1e-5 * np.eye(num * B * N).reshape(-1, num, B, N), 1, 0)
+        at = lambda deltas: in_numpy(steps, deltas)(params, x)  # noqa: E731
+        np.testing.assert_allclose(loss, at(0 * unit[:, 0]), rtol=1e-10, atol=1e-12)
+        delta = np.linalg.norm(((at(unit) - at(-unit)) / 2e-5).reshape(num, -1), axis=1)
+        np.testing.assert_allclose(np.exp(log_delta), delta, rtol=1e-5, atol=1e-7, err_msg=str(steps))
