@@ -27,11 +27,18 @@ def network(phi, output="identity"):
 
 
 NET = network("tanh")
-DRAWN = jax.device_get(jax.jit(lambda: NET.init(jax.random.key(3), 1000))())
+
+
+def affine(*shape):
+    w, b = (RNG.standard_normal(s, np.float32) for s in (shape, shape[:-2] + shape[-1:]))
+    return vgrad.Affine(np.float32(1.3 / shape[-2] ** 0.5) * w, np.float32(0.3) * b)
+
+
+DRAWN = vgrad.Params(affine(IN_DIM, WIDTH), affine(998, WIDTH, WIDTH), affine(WIDTH, OUT_DIM))
 
 
 def params_of(depth):
-    """The networks of one key share their layers, whatever phi is: drawn once, cut to length."""
+    """All networks share their layers, whatever phi is: drawn once, by NumPy, and cut to length."""
     return DRAWN._replace(hidden=jax.tree.map(lambda a: a[: depth - 2], DRAWN.hidden))
 
 
@@ -39,13 +46,13 @@ PARAMS = params_of(4)
 
 
 def float64(tree):
-    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), tree)
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
 def worst(ours, theirs):
     """The largest difference in any leaf, relative to the largest entry of that leaf."""
     chex.assert_trees_all_equal_shapes_and_dtypes(ours, theirs)
-    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    pairs = zip(*(jax.tree.leaves(jax.device_get(tree)) for tree in (ours, theirs)), strict=True)
     return max(float(np.max(np.abs(a - b)) / np.max(np.abs(b))) for a, b in pairs if a.size)
 
 
@@ -93,8 +100,8 @@ def test_another_activation_at_the_output(output):
 def test_equals_the_textbook_column_by_column(x64):
     """Sigmoid network of depth 4 with samples in columns and sigma' = a (1 - a), in NumPy."""
     params = float64(PARAMS)
-    W = [np.nan, *(np.asarray(w).T for w in (params.embed.w, *params.hidden.w, params.readout.w))]
-    b = [np.nan, *(np.asarray(b)[:, None] for b in (params.embed.b, *params.hidden.b, params.readout.b))]
+    W = [np.nan, *(w.T for w in (params.embed.w, *params.hidden.w, params.readout.w))]
+    b = [np.nan, *(b[:, None] for b in (params.embed.b, *params.hidden.b, params.readout.b))]
     A, Z = [np.asarray(X, np.float64).T], [np.nan]
     for l in range(1, 5):
         Z.append(W[l] @ A[l - 1] + b[l])
@@ -106,12 +113,12 @@ def test_equals_the_textbook_column_by_column(x64):
     dZ_2 = W[3].T @ dZ_3 * slope[2]
     dZ_1 = W[2].T @ dZ_2 * slope[1]
 
-    x, d_out = jnp.asarray(A[0].T), jnp.asarray(dA_4.T)
+    x, d_out = A[0].T, dA_4.T
     kwargs = dict(phi="sigmoid", output="sigmoid")
     both = jax.jit(lambda p: (backprop.forward_pass(p, x, **kwargs), backprop.backward_pass(p, x, d_out, **kwargs)))
-    (z, h), (delta, grads) = both(params)
+    (z, h), (delta, grads) = jax.device_get(both(params))
     z, h, delta, grads_w, grads_b = (
-        [np.asarray(a).T for a in (p[0], *p[1], p[2])] for p in (z, h, delta, [p.w for p in grads], [p.b for p in grads])
+        [a.T for a in (p[0], *p[1], p[2])] for p in (z, h, delta, [p.w for p in grads], [p.b for p in grads])
     )
     for l, dZ in enumerate([dZ_1, dZ_2, dZ_3, dZ_4], start=1):
         ours = [of_layers[l - 1] for of_layers in (z, h, delta, grads_w, grads_b)]
@@ -122,18 +129,18 @@ def test_equals_the_textbook_column_by_column(x64):
 @pytest.mark.parametrize(("loss", "t"), [(losses.squared_error, TARGET), (losses.cross_entropy, LABELS)])
 def test_equals_finite_differences(loss, t, x64):
     params, x = float64((PARAMS, X))
-    t = t if t.dtype == LABELS.dtype else t.astype(jnp.float64)
-    flat, unravel = ravel_pytree(params)
+    t = t if t.dtype == LABELS.dtype else np.float64(t)
     eps = 1e-5  # truncation of order eps^2 = 1e-10, rounding of order 1e-16 / eps = 1e-11
 
     @jax.jit
-    def both(flat):
+    def both(params):
+        flat, unravel = ravel_pytree(params)
         J = jax.vmap(lambda p: loss(NET.forward(unravel(p), x), t))
-        steps = eps * jnp.eye(flat.size)
+        steps = eps * np.eye(flat.size)
         differences = (J(flat[None] + steps) - J(flat[None] - steps)) / (2 * eps)
-        return backprop.backward_from_loss(unravel(flat), (x, t), loss=loss, phi="tanh").grads, unravel(differences)
+        return backprop.backward_from_loss(params, (x, t), loss=loss, phi="tanh").grads, unravel(differences)
 
-    ours, theirs = both(flat)
+    ours, theirs = both(params)
     assert worst(ours, theirs) < 1e-7  # the largest entries are of order 0.1
 
 
@@ -145,7 +152,7 @@ def test_depth_1000_equals_grad(x64):
         ours = backprop.backward_from_loss(params, (x, target), loss=losses.squared_error, phi="tanh").grads
         return ours, jax.grad(lambda p: losses.squared_error(NET.forward(p, x), target))(params)
 
-    ours, theirs = both(params)
+    ours, theirs = jax.device_get(both(params))
     assert np.max(np.abs(theirs.embed.w)) > 0
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         # Layer by layer, because their gradients differ by orders of magnitude. Rounding grows by 1e-16 a layer and by the
@@ -164,8 +171,17 @@ def test_the_program_does_not_grow_with_depth():
 
 
 def test_expanded_product_of_four_layers():
-    factors = backprop.expanded_product(PARAMS, X, TARGET, phi="tanh")
-    assert [(f.name, f.kind, f.array.shape) for f in factors] == [
+    labels = []
+
+    @jax.jit
+    def both():
+        factors = backprop.expanded_product(PARAMS, X, TARGET, phi="tanh")
+        labels.extend((f.name, f.kind, f.array.shape) for f in factors)
+        dW_1 = jax.grad(lambda params: jnp.sum(NET.forward(params, X) * TARGET))(PARAMS).embed.w
+        return [f.array for f in factors], backprop.multiply_out(factors), dW_1
+
+    factors, product, dW_1 = jax.device_get(both())
+    assert labels == [
         ("X^T", "matrix", (IN_DIM, BATCH)),
         ("dA_4", "elementwise", (BATCH, OUT_DIM)),
         ("g'(Z_4)", "elementwise", (BATCH, OUT_DIM)),
@@ -176,17 +192,16 @@ def test_expanded_product_of_four_layers():
         ("W_2^T", "matrix", (WIDTH, WIDTH)),
         ("phi'(Z_1)", "elementwise", (BATCH, WIDTH)),
     ]
-    x_t, dA_4, g_4, W_4, phi_3, W_3, phi_2, W_2, phi_1 = (np.asarray(f.array) for f in factors)
+    x_t, dA_4, g_4, W_4, phi_3, W_3, phi_2, W_2, phi_1 = factors
     written_out = x_t @ ((((dA_4 * g_4) @ W_4 * phi_3) @ W_3 * phi_2) @ W_2 * phi_1)
-    dW_1 = jax.jit(jax.grad(lambda params: jnp.sum(NET.forward(params, X) * TARGET)))(PARAMS).embed.w
-    assert worst(written_out, np.asarray(dW_1)) < 1e-5
-    assert worst(backprop.multiply_out(factors), dW_1) < 1e-5
+    assert worst(written_out, dW_1) < 1e-5
+    assert worst(product, dW_1) < 1e-5
     # The factors are those of layers 1 to 4 and not of others.
     np.testing.assert_array_equal(W_4, PARAMS.readout.w.T)
     np.testing.assert_array_equal(W_3, PARAMS.hidden.w[1].T)
     np.testing.assert_array_equal(W_2, PARAMS.hidden.w[0].T)
-    z_2 = np.tanh(np.asarray(X @ PARAMS.embed.w + PARAMS.embed.b[None])) @ np.asarray(PARAMS.hidden.w[0])
-    np.testing.assert_allclose(phi_2, 1 - np.tanh(z_2 + np.asarray(PARAMS.hidden.b[0])) ** 2, atol=1e-6)
+    z_2 = np.tanh(X @ PARAMS.embed.w + PARAMS.embed.b) @ PARAMS.hidden.w[0] + PARAMS.hidden.b[0]
+    np.testing.assert_allclose(phi_2, 1 - np.tanh(z_2) ** 2, atol=1e-6)
 
 
 def test_expanded_product_of_two_layers_and_softmax():
@@ -211,7 +226,7 @@ def test_vmap_equals_loop_and_jit_equals_no_jit():
         return backprop.backward_pass(params, X, TARGET, phi="tanh")
 
     jitted = jax.jit(run)
-    seeds = [PARAMS, jax.tree.map(lambda a: np.float32(0.5) * np.asarray(a), PARAMS)]
+    seeds = [PARAMS, jax.tree.map(lambda a: np.float32(0.5) * a, PARAMS)]
     stacked = jax.jit(jax.vmap(run))(jax.tree.map(lambda *a: np.stack(a), *seeds))
     for i, params in enumerate(seeds):
         assert worst(jax.tree.map(lambda a, i=i: np.asarray(a)[i], stacked), jitted(params)) < 1e-5
@@ -221,17 +236,16 @@ def test_vmap_equals_loop_and_jit_equals_no_jit():
 def test_a_nan_stays_in_its_own_row():
     x = np.array(X)
     x[2, 0] = np.nan
-    delta = jax.jit(lambda x: backprop.backward_pass(PARAMS, x, TARGET, phi="tanh").delta)(x)
-    others = np.delete(np.asarray(delta.embed), 2, axis=0)
-    assert np.isnan(np.asarray(delta.embed)[2]).all()
+    delta = np.asarray(jax.jit(lambda x: backprop.backward_pass(PARAMS, x, TARGET, phi="tanh").delta.embed)(x))
+    others = np.delete(delta, 2, axis=0)
+    assert np.isnan(delta[2]).all()
     assert np.isfinite(others).all()
 
 
 OK = dict(params=PARAMS, x=X, d_out=TARGET, phi="tanh")
-NUMPY = jax.tree.map(np.asarray, PARAMS)
-NOT_SQUARE = NUMPY._replace(hidden=NUMPY.hidden._replace(w=NUMPY.hidden.w[:, :, 1:]))
-UNSTACKED = NUMPY._replace(hidden=vgrad.Affine(NUMPY.hidden.w[0], NUMPY.hidden.b[0]))
-SEEDS = jax.tree.map(lambda a: np.stack([a, a]), NUMPY)
+NOT_SQUARE = PARAMS._replace(hidden=PARAMS.hidden._replace(w=PARAMS.hidden.w[:, :, 1:]))
+UNSTACKED = PARAMS._replace(hidden=vgrad.Affine(PARAMS.hidden.w[0], PARAMS.hidden.b[0]))
+SEEDS = jax.tree.map(lambda a: np.stack([a, a]), PARAMS)
 
 
 @pytest.mark.parametrize("fn", [backprop.backward_pass, backprop.expanded_product])
@@ -266,9 +280,10 @@ def test_an_output_that_mixes_units_is_told_what_to_do():
 
 def test_softmax_is_the_same_by_name_and_as_a_function():
     outputs = (jax.nn.softmax, activations.softmax, "softmax")
-    passes = jax.jit(lambda: [backprop.forward_pass(PARAMS, X, phi="tanh", output=g).h.readout for g in outputs])()
+    run = lambda: [backprop.forward_pass(PARAMS, X, phi="tanh", output=g).h.readout for g in outputs]  # noqa: E731
+    passes, expected = jax.jit(lambda: (run(), jax.nn.softmax(NET.forward(PARAMS, X))))()
     for y in passes:
-        np.testing.assert_allclose(y, jax.nn.softmax(NET.forward(PARAMS, X)), atol=1e-6)
+        np.testing.assert_allclose(y, expected, atol=1e-6)
 
 
 def test_parameters_of_another_kind_are_a_type_error():
