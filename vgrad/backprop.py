@@ -13,11 +13,12 @@ Textbooks write samples as columns; here they are rows, which transposes every p
 the batch, which some books put in front of dW_l, is part of d_out. phi' comes from autodiff. The equations are in plain floating
 point: in a deep sigmoid network they underflow to zero as `jax.grad` does, and `vgrad.profile` does not.
 
->>> import jax, jax.numpy as jnp, vgrad
->>> net, x, d_out = vgrad.mlp(8, "tanh", 3, 2), jnp.ones((5, 3)), jnp.ones((5, 2))
->>> params = net.init(jax.random.key(0), depth=4)
->>> ours, auto = backward_pass(params, x, d_out, phi="tanh").grads, jax.grad(lambda p: jnp.sum(net.forward(p, x)))(params)
->>> bool(jnp.allclose(ours.hidden.w, auto.hidden.w, atol=1e-6))
+>>> import jax, jax.numpy as jnp, numpy as np, vgrad
+>>> net, x, d_out = vgrad.mlp(8, "tanh", 3, 2), np.ones((5, 3), np.float32), np.ones((5, 2), np.float32)
+>>> params = jax.jit(net.init, static_argnums=1)(jax.random.key(0), 4)
+>>> ours = jax.jit(lambda p: backward_pass(p, x, d_out, phi="tanh").grads)(params)
+>>> auto = jax.jit(jax.grad(lambda p: jnp.sum(net.forward(p, x))))(params)
+>>> np.allclose(ours.hidden.w, auto.hidden.w, atol=1e-6)
 True
 >>> " ".join(f.name for f in expanded_product(params, x, d_out, phi="tanh"))
 "X^T dA_4 g'(Z_4) W_4^T phi'(Z_3) W_3^T phi'(Z_2) W_2^T phi'(Z_1)"
