@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from vgrad import data
 
@@ -12,6 +11,8 @@ LABELS = np.arange(20) % 4
 
 
 def test_digits_are_those_of_scikit_learn_standardised():
+    from sklearn.datasets import load_digits
+
     source, (raw, labels) = data.digits(), load_digits(return_X_y=True)
     live = raw.std(axis=0) > 0
     expected = (raw[:, live] - raw[:, live].mean(axis=0)) / raw[:, live].std(axis=0)

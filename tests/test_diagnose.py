@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pandas
 import pytest
 from jax import lax
 
@@ -14,9 +13,12 @@ from vgrad.diagnosis import following_site
 pytestmark = pytest.mark.xdist_group("diagnose")  # its fixtures are costly: one process for all
 
 N, B, DEPTH = 16, 12, 7
-KEYS = jax.random.split(jax.random.key(3), DEPTH + 2)
 X = np.random.default_rng(3).standard_normal((B, N), np.float32)
 LABELS = np.arange(B) % N
+
+
+def draw(i, *shape):
+    return np.random.default_rng(i).standard_normal(shape or (N, N), np.float32)
 
 
 def mlp(scale=2**0.5):
@@ -87,7 +89,7 @@ def test_bias_belongs_to_the_preactivation():
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint, lambda f: lambda p, x: jnp.mean(jax.vmap(f, (None, 0))(p, x[:, None]))])
 def test_jit_remat_and_vmap_change_nothing(wrap):
     loss = lambda p, x: jnp.mean(jnp.sin(jnp.tanh(x @ p["a"]) @ p["c"]))  # noqa: E731
-    params = {"a": jax.random.normal(KEYS[0], (N, N)), "c": jax.random.normal(KEYS[1], (N, N))}
+    params = {"a": draw(0), "c": draw(1)}
     plain, wrapped = vgrad.diagnose(loss, params, X), vgrad.diagnose(wrap(loss), params, X)
     for name, value in plain._asdict().items():
         other = getattr(wrapped, name)
@@ -137,7 +139,7 @@ def test_far_beyond_float32():
 
 def test_sigmoid_to_e_minus_700_equals_profile():
     net = vgrad.mlp(N, "sigmoid", N, 4, sigma_w=0.7)
-    params = jax.jit(net.init, static_argnums=1)(KEYS[0], 400)
+    params = jax.jit(net.init, static_argnums=1)(jax.random.key(3), 400)
     labels = LABELS % 4
     report = vgrad.diagnose(lambda p, x: losses.cross_entropy(net.forward(p, x), labels), params, X)
     prof = vgrad.profile(net, params, (X, labels), loss=losses.cross_entropy)
@@ -187,7 +189,7 @@ def test_value_and_gradient_stay_as_they_are():
 
 
 def test_shared_parameters_appear_at_every_use():
-    params = {"w": jax.random.normal(KEYS[0], (N, N)) / 4, "e": jax.random.normal(KEYS[1], (N, N)), "n": jnp.ones((N, N))}
+    params = {"w": draw(0) / 4, "e": draw(1), "n": jnp.ones((N, N))}
 
     def loss(p, tokens):
         h = jnp.tanh(jnp.tanh(p["e"][tokens] @ p["w"]) @ p["w"])
@@ -266,7 +268,7 @@ def sharded(w, x):
 
 @pytest.mark.parametrize("inner", [own_derivative, counted, sharded])
 def test_what_is_not_entered_is_named(inner):
-    params = {"a": jax.random.normal(KEYS[0], (N, N)), "q": jax.random.normal(KEYS[1], (N, N)) / 4}
+    params = {"a": draw(0), "q": draw(1) / 4}
     report = vgrad.diagnose(lambda p, x: jnp.sum(jnp.sin(x @ p["a"] + inner(p["q"], x))), params, X)
     assert set(report.opaque) == {"q"}
     row = report.site.index("q")
@@ -278,7 +280,7 @@ def test_what_is_not_entered_is_named(inner):
 
 
 def test_a_custom_jvp_with_one_product_is_a_product():
-    params = {"q": jax.random.normal(KEYS[1], (N, N)) / 4}
+    params = {"q": draw(1) / 4}
     report = vgrad.diagnose(lambda p, x: jnp.sum(jnp.sin(own_jvp(p["q"], x))), params, X)
     assert (report.site, report.kind, report.status) == (("q",), ("dot",), ("ok",))
     grad = jax.grad(lambda p: jnp.sum(jnp.sin(X @ p["q"])))(params)["q"]
@@ -293,7 +295,7 @@ def test_a_branch_that_is_not_taken():
 
 
 def test_several_batches_and_keys():
-    batches = [(jax.random.normal(k, (B, N)),) for k in KEYS[:4]]
+    batches = [(draw(i, B, N),) for i in range(4)]
     report = vgrad.diagnose(loss_fn, mlp(), batches=batches)
     singles = np.array([vgrad.diagnose(loss_fn, mlp(), *b).log_delta for b in batches[:2]])
     both = vgrad.diagnose(loss_fn, mlp(), batches=batches[:2])
@@ -315,6 +317,8 @@ def test_report_as_text_and_dataframe(healthy):
     table = healthy.table().splitlines()
     assert len(table) == 2 + DEPTH
     assert len({len(line.rstrip()) for line in table[2:-1]}) == 1
+    import pandas
+
     frame = healthy.to_dataframe()
     assert isinstance(frame, pandas.DataFrame)
     assert list(frame.site) == list(healthy.site)
@@ -445,7 +449,7 @@ def closed_over(p, x):
 )
 def test_weights_computed_from_parameters(layer, rows):
     """Through normalisation, factors, concatenation and choice, dJ/dW is that of the leaves, all roads from them included."""
-    params = {k: jax.random.normal(KEYS[i], (N, N)) / 4 for i, k in enumerate("abc")}
+    params = {k: draw(i) / 4 for i, k in enumerate("abc")}
     loss = lambda p, x: jnp.sum(jnp.sin(layer(p, x)) ** 2)  # noqa: E731
     report = vgrad.diagnose(loss, params, X)
     grads = jax.jit(jax.grad(loss))(params, X)
@@ -459,7 +463,7 @@ def test_weights_computed_from_parameters(layer, rows):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_scanned_block_may_start_with_its_activation(reverse):
     """It then acts on what the iteration before left, or on what came into the loop: as in the same network written out."""
-    draws = jnp.stack([1.2 * jax.random.normal(k, (N, N)) / N**0.5 for k in KEYS[:DEPTH]])
+    draws = np.float32(1.2 / N**0.5) * draw(0, DEPTH, N, N)
     params = {"in": draws[0], "stack": draws[1:-1], "out": draws[-1]}
     turns = range(4, -1, -1) if reverse else range(5)
 
@@ -482,8 +486,8 @@ def test_a_scanned_block_may_start_with_its_activation(reverse):
 
 
 def test_loops_in_loops_may_start_with_their_activations():
-    draws = jnp.stack([1.2 * jax.random.normal(k, (N, N)) / N**0.5 for k in KEYS[:6]])
-    params = {"in": draws[0], "mid": draws[1:3], "inner": jnp.stack([draws[2:4], draws[4:6]])}
+    draws = np.float32(1.2 / N**0.5) * draw(0, 6, N, N)
+    params = {"in": draws[0], "mid": draws[1:3], "inner": draws[2:].reshape(2, 2, N, N)}
 
     def looped(params):
         def outer(h, ws):

@@ -17,10 +17,8 @@ from jax import lax
 import vgrad
 
 B, T, N = 3, 4, 8
-KEYS = jax.random.split(jax.random.key(1), 8)
-IMAGES = jax.random.normal(KEYS[0], (B, 6, 6, 2))
-ROWS = jax.random.normal(KEYS[1], (B, N))
-TOKENS = jax.random.normal(KEYS[2], (B, T, N))
+RNG = np.random.default_rng(1)
+IMAGES, ROWS, TOKENS = (RNG.standard_normal(shape, np.float32) for shape in ((B, 6, 6, 2), (B, N), (B, T, N)))
 
 
 class Zeros:
@@ -89,7 +87,7 @@ class ResNet(nn.Module):
 @pytest.mark.parametrize("train", [True, False])
 def test_linen_resnet_with_batchnorm(train):
     model = ResNet()
-    variables = jax.jit(model.init, static_argnums=2)(KEYS[3], IMAGES, train)
+    variables = jax.jit(model.init, static_argnums=2)(jax.random.key(3), IMAGES, train)
 
     def loss(params):
         logits, _ = model.apply(variables | params, IMAGES, train, mutable=["batch_stats"])
@@ -116,7 +114,7 @@ class Transformer(nn.Module):
 @pytest.mark.parametrize("pre", [True, False])
 def test_linen_transformer(pre):
     model = Transformer(pre)
-    variables = jax.jit(model.init)(KEYS[3], TOKENS)
+    variables = jax.jit(model.init)(jax.random.key(3), TOKENS)
     report = linen_agrees(model, lambda v: jnp.sum(jnp.sin(model.apply(v, TOKENS))), variables, at_least=13)
     up = report.site.index("params/Dense_0/kernel")
     assert report.activation[up] == "gelu_tanh"
@@ -130,7 +128,7 @@ def test_linen_scanned_stack():
             return jnp.tanh(nn.Dense(N, name="dense")(x)), None
 
     model = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=T)()
-    variables = jax.jit(model.init)(KEYS[3], ROWS, None)
+    variables = jax.jit(model.init)(jax.random.key(3), ROWS, None)
     report = vgrad.diagnose(lambda v: jnp.sum(model.apply(v, ROWS, None)[0] ** 2), variables)
     zeros, p = Zeros(), variables["params"]["dense"]
 
@@ -147,7 +145,7 @@ def test_linen_scanned_stack():
 
 def test_linen_lstm_over_time():
     model = nn.RNN(nn.LSTMCell(N))
-    variables = jax.jit(model.init)(KEYS[3], TOKENS)
+    variables = jax.jit(model.init)(jax.random.key(3), TOKENS)
     report = vgrad.diagnose(lambda v: jnp.sum(model.apply(v, TOKENS)[:, -1] ** 2), variables)
     zeros = Zeros()
     cell = next(iter(variables["params"].values()))
@@ -214,7 +212,7 @@ class Encoder(eqx.Module):
 
 @pytest.mark.parametrize("pre", [True, False])
 def test_equinox_transformer(pre):
-    model, zeros = Encoder(pre, KEYS[4]), Zeros()
+    model, zeros = Encoder(pre, jax.random.key(4)), Zeros()
     params, static = eqx.partition(model, eqx.is_inexact_array)
     report = vgrad.diagnose(lambda p, x: jnp.sum(jnp.sin(jax.vmap(eqx.combine(p, static))(x))), params, TOKENS)
 
@@ -247,7 +245,7 @@ def test_equinox_transformer(pre):
 
 
 def test_equinox_lstm_and_mlp():
-    cell, mlp, zeros = eqx.nn.LSTMCell(N, N, key=KEYS[5]), eqx.nn.MLP(N, 3, N, 2, key=KEYS[6]), Zeros()
+    cell, mlp, zeros = eqx.nn.LSTMCell(N, N, key=jax.random.key(5)), eqx.nn.MLP(N, 3, N, 2, key=jax.random.key(6)), Zeros()
     params, static = eqx.partition((cell, mlp), eqx.is_inexact_array)
 
     def loss(params, xs):
@@ -285,7 +283,7 @@ def test_haiku_mlp_and_lstm():
 
     xs, zeros, count = TOKENS.swapaxes(0, 1), Zeros(), {}
     model = hk.without_apply_rng(hk.transform(lambda xs: net(xs, hk.dynamic_unroll)))
-    params = jax.jit(model.init)(KEYS[7], xs)
+    params = jax.jit(model.init)(jax.random.key(7), xs)
     report = vgrad.diagnose(lambda p, xs: jnp.sum(model.apply(p, xs) ** 2), params, xs)
 
     def intercept(call, args, kwargs, context):

@@ -13,12 +13,11 @@ from vgrad.probes import zero_token
 from vgrad.sites import analyse
 
 B, N, T = 4, 6, 3
-KEYS = jax.random.split(jax.random.key(0), 12)
-X = jax.random.normal(KEYS[0], (B, N))
+X = np.random.default_rng(0).standard_normal((B, N), np.float32)
 
 
 def draw(i, *shape):
-    return jax.random.normal(KEYS[i], shape) / shape[-2] ** 0.5
+    return np.random.default_rng(i).standard_normal(shape, np.float32) / np.float32(shape[-2] ** 0.5)
 
 
 def mlp(p, x, tap):

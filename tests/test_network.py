@@ -24,16 +24,19 @@ def network(**options):
     return vgrad.mlp(WIDTH, "tanh", IN, OUT, **known | options)
 
 
+def affine(*shape):
+    w, b = (RNG.standard_normal(s, np.float32) for s in (shape, shape[:-2] + shape[-1:]))
+    return vgrad.Affine(np.float32(1.3 / shape[-2] ** 0.5) * w, np.float32(0.4) * b)
+
+
 NET = network()
 INIT = jax.jit(NET.init, static_argnums=1)
+PARAMS = vgrad.Params(affine(IN, WIDTH), affine(5, WIDTH, WIDTH), affine(WIDTH, OUT))  # by NumPy, which compiles nothing
+FORWARD = jax.jit(NET.forward)
 
 
 def draw(key, depth):
-    return jax.tree.map(np.asarray, INIT(key, depth))
-
-
-PARAMS = draw(KEY, 7)
-FORWARD = jax.jit(NET.forward)
+    return jax.device_get(INIT(key, depth))
 
 
 def by_loop(params, x, hidden=lambda z, w, b: np.tanh(z) @ w + b):
@@ -48,13 +51,13 @@ def by_loop(params, x, hidden=lambda z, w, b: np.tanh(z) @ w + b):
 def test_forward_is_a_loop_over_layers():
     np.testing.assert_allclose(FORWARD(PARAMS, X), by_loop(PARAMS, X), rtol=1e-5, atol=1e-6)
     shallow = PARAMS._replace(hidden=jax.tree.map(lambda a: a[:0], PARAMS.hidden))
-    expected = np.tanh(X @ PARAMS.embed.w + PARAMS.embed.b[None]) @ np.asarray(PARAMS.readout.w) + np.asarray(PARAMS.readout.b)
+    expected = np.tanh(X @ PARAMS.embed.w + PARAMS.embed.b) @ PARAMS.readout.w + PARAMS.readout.b
     np.testing.assert_allclose(jax.jit(NET.forward)(shallow, X), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forward_of_a_residual_stack():
     net = network(hidden=layers.residual)
-    expected = by_loop(PARAMS, X, lambda z, w, b: z + np.tanh(z) @ w + b)  # the same parameters: they are drawn alike
+    expected = by_loop(PARAMS, X, lambda z, w, b: z + np.tanh(z) @ w + b)  # the same parameters: they are laid out alike
     np.testing.assert_allclose(jax.jit(net.forward)(PARAMS, X), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -76,11 +79,12 @@ def test_shapes():
 
 
 def test_depths_of_one_key_share_their_layers():
+    deep = draw(KEY, 7)
     for depth in (2, 5):
         params = draw(KEY, depth)
-        jax.tree.map(np.testing.assert_array_equal, params.embed, PARAMS.embed)
-        jax.tree.map(np.testing.assert_array_equal, params.readout, PARAMS.readout)
-        jax.tree.map(np.testing.assert_array_equal, params.hidden, jax.tree.map(lambda a, d=depth: a[: d - 2], PARAMS.hidden))
+        jax.tree.map(np.testing.assert_array_equal, params.embed, deep.embed)
+        jax.tree.map(np.testing.assert_array_equal, params.readout, deep.readout)
+        jax.tree.map(np.testing.assert_array_equal, params.hidden, jax.tree.map(lambda a, d=depth: a[: d - 2], deep.hidden))
 
 
 def test_layers_are_independent_draws_with_the_std_asked_for():
@@ -97,8 +101,9 @@ def test_layers_are_independent_draws_with_the_std_asked_for():
 
 
 def test_same_key_same_draw_other_key_other_draw():
-    jax.tree.map(np.testing.assert_array_equal, draw(jax.random.key(0), 7), PARAMS)
-    assert not any(np.any(a == b) for a, b in zip(*map(jax.tree.leaves, (draw(jax.random.key(1), 7), PARAMS)), strict=True))
+    first, again, other = (draw(jax.random.key(k), 7) for k in (0, 0, 1))
+    jax.tree.map(np.testing.assert_array_equal, first, again)
+    assert not any(np.any(a == b) for a, b in zip(*map(jax.tree.leaves, (first, other)), strict=True))
 
 
 def test_seeds_by_vmap_equal_a_loop():
@@ -130,17 +135,18 @@ def test_the_program_does_not_grow_with_depth():
 
 def test_the_gradient_is_that_of_finite_differences(x64):
     net, x = network(), X.astype(np.float64)
-    flat, unravel = ravel_pytree(jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), PARAMS))
+    params = jax.tree.map(np.float64, PARAMS)
     eps = 1e-5  # truncation of order eps^2 = 1e-10, rounding of order 1e-16 / eps = 1e-11
 
     @jax.jit
-    def both(flat):
+    def both(params):
+        flat, unravel = ravel_pytree(params)
         J = lambda p: jnp.sum(jnp.sin(net.forward(unravel(p), x)))  # noqa: E731
-        steps = eps * jnp.eye(flat.size)
+        steps = eps * np.eye(flat.size)
         ends = jax.vmap(J)(jnp.concatenate([flat[None] + steps, flat[None] - steps])).reshape(2, -1)
         return jax.grad(J)(flat), (ends[0] - ends[1]) / (2 * eps)
 
-    np.testing.assert_allclose(*both(flat), atol=1e-7)
+    np.testing.assert_allclose(*both(params), atol=1e-7)
 
 
 def test_sigmas_are_traceable_through_the_draw():
@@ -152,7 +158,7 @@ def test_sigmas_are_traceable_through_the_draw():
     sigma_w = np.array([1.3, 1.3 + step, 1.3 - step, 1.3, 1.3], np.float32)
     sigma_b = np.array([0.4, 0.4, 0.4, 0.4 + step, 0.4 - step], np.float32)
     value, grads = jax.jit(jax.vmap(jax.value_and_grad(J, (0, 1))))(sigma_w, sigma_b)
-    np.testing.assert_allclose(value[0], np.sum(np.square(FORWARD(PARAMS, X))), rtol=1e-5)  # traced equals not traced
+    np.testing.assert_allclose(value[0], np.sum(np.square(FORWARD(draw(KEY, 7), X))), rtol=1e-5)  # traced equals not traced
     expected = [(value[1] - value[2]) / (2 * step), (value[3] - value[4]) / (2 * step)]
     np.testing.assert_allclose([g[0] for g in grads], expected, rtol=5e-3)
 

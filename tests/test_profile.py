@@ -140,8 +140,15 @@ def test_depth_10000_is_a_reading(phi, sigma_w, rate):
     assert (delta[0] - delta[500]) / 500 == pytest.approx(rate, abs=0.1)
 
 
+def affine(*shape):
+    """By NumPy, since what stands in a module is drawn in every process."""
+    rng = np.random.default_rng(shape)
+    w, b = (rng.standard_normal(s, np.float32) for s in (shape, shape[:-2] + shape[-1:]))
+    return vgrad.Affine(np.float32(1.3 / shape[-2] ** 0.5) * w, np.float32(0.1) * b)
+
+
 NET = vgrad.mlp(8, "tanh", 7, 5, sigma_w=1.3, sigma_b=0.1)
-PARAMS = draw(NET, 7)
+PARAMS = Params(affine(7, 8), affine(5, 8, 8), affine(8, 5))
 DEPTHS = [2, 4, 7]
 
 
