@@ -17,7 +17,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from distributed import Client, LocalCluster
 
 from vgrad import store as files
 from vgrad import study
@@ -102,6 +101,8 @@ def test_chunks_in_processes_of_a_pool(environment, config, whole, monkeypatch):
 @pytest.fixture
 def client(environment, monkeypatch):
     """Two workers of one thread each."""
+    from distributed import Client, LocalCluster
+
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with LocalCluster(2, threads_per_worker=1, dashboard_address=None, host="127.0.0.1") as cluster, Client(cluster) as client:
