@@ -180,14 +180,18 @@ GRID = np.array([[0.8, 0.1], [1.3, 0.0], [1.3, 0.4], [3.0, 0.2]])
 
 def test_maps_over_a_grid_and_differentiates(x64):
     run = lambda p: mf.asymptotics("tanh", sigma_w=p[0], sigma_b=p[1])  # noqa: E731
-    singles = [run(p) for p in GRID]
-    together = jax.jit(jax.vmap(run))(jnp.asarray(GRID))
-    chex.assert_trees_all_close(together, jax.tree.map(lambda *v: jnp.stack(v), *singles), rtol=1e-8, atol=1e-12)
-    xi_c = jax.jit(lambda p: mf.depth_scales("tanh", sigma_w=p[0], sigma_b=p[1]).xi_c)
-    slope, h = jax.jit(jax.grad(xi_c)), 1e-4
-    for point in ([0.8, 0.3], [1.7, 0.3]):  # an ordered and a chaotic one
-        numeric = [(xi_c(point + h * e) - xi_c(point - h * e)) / (2 * h) for e in np.eye(2)]
-        np.testing.assert_allclose(slope(jnp.asarray(point)), numeric, rtol=1e-5)
+    singles, h = [run(p) for p in GRID], 1e-4
+    points = np.array([[0.8, 0.3], [1.7, 0.3]])  # an ordered and a chaotic one
+    around = points[:, None, None] + h * np.array([1, -1])[:, None, None] * np.eye(2)
+    of_xi_c = jax.value_and_grad(lambda p: (lambda found: (found.xi_c, found))(run(p)), has_aux=True)
+    everywhere = np.concatenate([GRID, points, around.reshape(-1, 2)])
+    (xi_c, together), slopes = jax.device_get(jax.jit(jax.vmap(of_xi_c))(everywhere))
+    together = jax.tree.map(lambda v: v[: len(GRID)], together)
+    chex.assert_trees_all_close(together, jax.tree.map(lambda *v: np.stack(v), *singles), rtol=1e-8, atol=1e-12)
+    ends = xi_c[len(GRID) + 2 :].reshape(2, 2, 2)  # of point, sign and direction
+    np.testing.assert_allclose(slopes[len(GRID) :][:2], (ends[:, 0] - ends[:, 1]) / (2 * h), rtol=1e-5)
+    scales = mf.depth_scales("tanh", sigma_w=GRID[0, 0], sigma_b=GRID[0, 1])
+    np.testing.assert_array_equal(scales, singles[0][-3:])
 
 
 def test_rounding_at_a_root_does_not_lose_it(x64):
