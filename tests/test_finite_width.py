@@ -19,7 +19,7 @@ HE = 2**0.5
 # Compiled once for all tests of the same shapes.
 backward = jax.jit(fw.backward, static_argnums=0, static_argnames="weights")
 step = jax.jit(fw.step, static_argnums=0, static_argnames="weights")
-relu_step = jax.jit(fw.relu_step)
+linear_step, relu_step, compose, dead_probability = map(jax.jit, (fw.linear_step, fw.relu_step, fw.compose, fw.dead_probability))
 moment_ratio = jax.jit(fw.moment_ratio, static_argnums=0)
 
 
@@ -79,7 +79,7 @@ tanh_slope = lambda z: 1 / np.cosh(z) ** 2  # noqa: E731
 
 def test_a_linear_step_in_closed_form(x64):
     n = np.array([1, 2, 7, 64, 1000])
-    law = fw.linear_step(n, sigma_w=1.3)
+    law = linear_step(n, sigma_w=1.3)
     gain = 2 * np.log(1.3)
     np.testing.assert_allclose(law.log_mean, gain)
     expected = [float(mpmath.digamma(mpmath.mpf(int(k)) / 2) + mpmath.log(mpmath.mpf(2) / int(k))) for k in n]
@@ -126,7 +126,7 @@ def test_a_leaky_step(x64):
     np.testing.assert_allclose([law.mean_log, law.variance], mixture(2, mpmath.mpf("0.1")), rtol=1e-10)
     np.testing.assert_allclose(law.log_mean, np.log((1 + 0.1**2) / 2), rtol=1e-12)
     n = np.array([1, 3, 50])
-    chex.assert_trees_all_close(relu_step(n, sigma_w=1.3, slope=1.0), fw.linear_step(n, sigma_w=1.3), rtol=1e-9, atol=1e-12)
+    chex.assert_trees_all_close(relu_step(n, sigma_w=1.3, slope=1.0), linear_step(n, sigma_w=1.3), rtol=1e-9, atol=1e-12)
     other = relu_step(n, sigma_w=1.3 * 0.2, slope=5.0)  # the same slopes, in the other order
     chex.assert_trees_all_close(relu_step(n, sigma_w=1.3, slope=0.2), other, rtol=1e-9, atol=1e-12)
 
@@ -145,11 +145,11 @@ def test_homogeneous_networks_of_tiny_layers_exactly(slope, sigma_b, x64):
     phi, slope_of = (lambda z: np.where(z > 0, z, slope * z)), (lambda z: np.where(z > 0, 1, slope))
     samples, _ = draw(widths, phi, slope_of, sigma_w=sigma_w, sigma_b=sigma_b, num=10000)
     alive = samples[:, 0] > 0
-    steps = relu_step(np.array(widths), sigma_w=sigma_w, slope=slope)
+    steps = jax.device_get(relu_step(np.array(widths), sigma_w=sigma_w, slope=slope))
     for l in range(3):
-        agrees(samples[alive, l], fw.compose(jax.tree.map(lambda a, l=l: a[l:], steps)))
+        agrees(samples[alive, l], compose(jax.tree.map(lambda a, l=l: a[l:], steps)))
     if slope == 0:
-        dead = float(fw.dead_probability(widths))
+        dead = float(dead_probability(np.array(widths)))
         np.testing.assert_allclose(dead, 1 - (1 - 2**-6) * (1 - 2**-11) * (1 - 2**-8), rtol=1e-12)
         assert abs(np.mean(~alive) - dead) < 4 * np.sqrt(dead / 10000)
     else:
@@ -217,14 +217,14 @@ def test_backward_against_random_matrices(case, x64):
     n, num_hidden = 32, 5
     samples, _ = draw((n,) * num_hidden, np.tanh, tanh_slope, **point, **how)
     options = dict(weights="orthogonal" if how.get("orthogonal") else "normal", alignment=float(how.get("num_outputs", 1)))
-    law = backward(phi, np.full(num_hidden, n), **{"sigma_b": 0.0} | point, **options)
+    law = jax.device_get(backward(phi, np.full(num_hidden, n), **{"sigma_b": 0.0} | point, **options))
     np.testing.assert_allclose(law.log_mean, law.mean_log + law.variance / 2)
     agrees(samples, law, mean_term=law.variance**2, variance_term=law.variance**2 / 2)
     # Layers on their own at the mean lengths would not do.
     q = [point["q"]]
     for _ in range(num_hidden - 1):
         q.append(point["sigma_w"] ** 2 * moment(np.tanh, q[-1]) + point.get("sigma_b", 0.0) ** 2)
-    alone = fw.compose(step(phi, np.full(num_hidden, n), q=np.array(q), sigma_w=point["sigma_w"], weights=options["weights"]))
+    alone = compose(step(phi, np.full(num_hidden, n), q=np.array(q), sigma_w=point["sigma_w"], weights=options["weights"]))
     (mean, e), (variance, f) = estimates(np.log(samples[:, 0]))
     assert abs(variance - alone.variance) > 4 * f or abs(mean - alone.mean_log) > 4 * e + law.variance[0] ** 2
 
@@ -281,7 +281,7 @@ def test_backward_to_three_digits(case, x64):
     functions = (np.tanh, tanh_slope) if phi == "tanh" else (lambda z: np.sign(z) * abs(z) ** 1.5, lambda z: 1.5 * abs(z) ** 0.5)
     how = dict(orthogonal=weights == "orthogonal", num=40000, num_outputs=num_outputs)
     samples = draw_vectors(n, num_hidden, *functions, **point, **how)
-    law = backward(phi, np.full(num_hidden, n), **point, weights=weights, alignment=float(num_outputs))
+    law = jax.device_get(backward(phi, np.full(num_hidden, n), **point, weights=weights, alignment=float(num_outputs)))
     agrees(samples, law, mean_term=law.variance**2 / 25 + bend, variance_term=law.variance**2 / 3 + bend)
 
 
@@ -305,29 +305,29 @@ def measured():
     """||delta_l||^2 / ||delta_L||^2 by `vgrad.sweep`, [S, L-1], for relu and tanh with one sample and relu with six.
 
     The targets of the squared error are large, so that delta_L does not look at the output. Where one sample is wanted, the others'
-    outputs are multiplied by zero: so one program does for all.
+    outputs are replaced by zero: so one program does for all.
     """
 
     def family(point):
         phi = lambda z: jnp.where(point["relu"] > 0, jnp.maximum(z, 0.0), jnp.tanh(z))  # noqa: E731
-        kept = jnp.where(jnp.arange(6.0) < point["samples"], 1.0, 0.0)[:, None]
-        return vgrad.mlp(32, phi, 8, 2, sigma_w=point["sigma_w"], output=lambda y: y * kept)
+        kept = lambda y: jnp.where((np.arange(6, dtype=np.float32) < point["samples"])[:, None], y, 0.0)  # noqa: E731
+        return vgrad.mlp(32, phi, 8, 2, sigma_w=point["sigma_w"], output=kept)
 
     points = [
         {"relu": 1.0, "sigma_w": HE, "samples": 1.0},
         {"relu": 0.0, "sigma_w": 1.5, "samples": 1.0},
         {"relu": 1.0, "sigma_w": HE, "samples": 6.0},
     ]
-    x, t = jax.random.normal(jax.random.key(5), (2, 6, 8))
-    x = x * jnp.sqrt(8 / jnp.sum(jnp.square(x), axis=1, keepdims=True))
-    how: dict = dict(key=jax.random.key(0), num_seeds=300, depths=[6], batch=(x, 1e4 * t[:, :2]), loss=losses.squared_error)
+    x, t = np.random.default_rng(5).standard_normal((2, 6, 8), np.float32)
+    batch = x * np.sqrt(8 / np.sum(np.square(x), axis=1, keepdims=True)), np.float32(1e4) * t[:, :2]
+    how: dict = dict(key=jax.random.key(0), num_seeds=300, depths=[6], batch=batch, loss=losses.squared_error)
     log_delta = vgrad.sweep(family, points, **how).log_delta[:, :, 0]
     return np.exp(2 * (log_delta[..., :-1] - log_delta[..., -1:]))
 
 
 def test_the_law_of_measured_profiles(measured, x64):
     agrees(measured[0], upward(relu_step(np.full(5, 32), sigma_w=HE)))
-    law = backward("tanh", np.full(5, 32), q=2.25, sigma_w=1.5, sigma_b=0.0, weights="normal", alignment=1.0)
+    law = jax.device_get(backward("tanh", np.full(5, 32), q=2.25, sigma_w=1.5, sigma_b=0.0, weights="normal", alignment=1.0))
     agrees(measured[1], law, mean_term=law.variance**2, variance_term=law.variance**2 / 2)
 
 
@@ -344,13 +344,14 @@ def test_traces_once_maps_and_differentiates(x64):
         return fw.relu_step(16, sigma_w=sigma_w, slope=q), fw.backward("tanh", [16, 32], q=q, sigma_w=sigma_w)
 
     once = jax.jit(chex.assert_max_traces(law, n=1))
-    points = jnp.array([0.5, 1.0, 2.0]), jnp.array([1.0, 1.5, 2.0])
-    singles = [once(q, s) for q, s in zip(*points, strict=True)]
-    chex.assert_trees_all_close(jax.jit(jax.vmap(law))(*points), jax.tree.map(lambda *a: jnp.stack(a), *singles), rtol=1e-12)
-    h, at = 1e-5, (points[0][1], points[1][1])
-    slope = jax.jit(jax.jacfwd(law))(*at)
-    numeric = jax.tree.map(lambda a, b: (a - b) / (2 * h), once(at[0] + h, at[1]), once(at[0] - h, at[1]))
-    chex.assert_trees_all_close(slope, numeric, rtol=1e-6, atol=1e-8)
+    at = lambda *point: jax.device_get(once(*point))  # noqa: E731
+    points, h = np.array([[0.5, 1.0, 2.0], [1.0, 1.5, 2.0]]), 1e-5
+    together = jax.jit(jax.vmap(jax.jacfwd(lambda q, s: (law(q, s),) * 2, has_aux=True)))(*points)
+    for i, (q, s) in enumerate(points.T):
+        slope, value = jax.tree.map(lambda a, i=i: a[i], jax.device_get(together))
+        chex.assert_trees_all_close(value, at(q, s), rtol=1e-12)
+        numeric = jax.tree.map(lambda a, b: (a - b) / (2 * h), at(q + h, s), at(q - h, s))
+        chex.assert_trees_all_close(slope, numeric, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize(
