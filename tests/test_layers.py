@@ -54,8 +54,11 @@ WIDTHS = {"gram": 6, "direct": 3}  # the Gram route where the batch is smaller t
 
 def case(name, width):
     make, *by_hand = BLOCKS[name]
-    block = make(width, width, phi=jnp.tanh, sigma_w=1.3, sigma_b=0.4)
-    return block, block.init(KEY), *by_hand
+    return make(width, width, phi=jnp.tanh), drawn(width), *by_hand
+
+
+def drawn(width):
+    return Affine(np.float32(1.3 / width**0.5) * normal(width, width), np.float32(0.4) * normal(width))
 
 
 def parts(x: Any):
@@ -116,8 +119,8 @@ def test_the_probe_reads_what_zero_taps_read(name, width):
 @pytest.mark.parametrize("name", ["residual", "plain"])
 def test_lanes_and_seeds_by_vmap_equal_a_loop(name):
     block, first, *_ = case(name, 6)
-    seeds = [first, block.init(jax.random.key(1))]
-    params = jax.tree.map(lambda *a: jnp.stack(a), *seeds)
+    seeds = [first, drawn(6)]
+    params = jax.tree.map(lambda *a: np.stack(a), *seeds)
     z, c = normal(2, BATCH, 6), normal(2, 3, BATCH, 6)  # [S, B, N] and [S, D, B, N]
 
     def of_seed(p, z):
@@ -127,6 +130,7 @@ def test_lanes_and_seeds_by_vmap_equal_a_loop(name):
     loop = [[alone(seeds[s], z[s], c[s, d]) for d in range(3)] for s in range(2)]
     both = jax.jit(jax.vmap(lambda p, z, c: jax.vmap(of_seed(p, z))(c)))(params, z, c)
     of_one_seed = jax.jit(lambda p, z, c: jax.vmap(of_seed(p, z))(c))(first, z[0], c[0])  # lanes alone, which take a branch
+    loop, both, of_one_seed = jax.device_get((loop, both, of_one_seed))
     for s in range(2):
         for d in range(3):
             c_in, norms = loop[s][d]
@@ -242,7 +246,7 @@ def test_activate_beyond_the_headroom_against_mpmath(name):
         for k in (-3000, -200, -43, 0, 43, 60, 200):
             if name == "sin" and k > 0:
                 continue  # bounded: nothing is lost, but the phase of so large a number means nothing
-            h, h_k, slope = run(m, np.int32(k))
+            h, h_k, slope = jax.device_get(run(m, np.int32(k)))
             with mpmath.workdps(1000 if k == -3000 else 100):
                 z = [mp.mpf(float(v)) * mp.mpf(2) ** k for v in m]
                 expected = [exact(v) for v in z]
@@ -322,9 +326,16 @@ def test_normalise_has_the_eps_it_is_given():
 
 def test_plain_sees_the_plain_value_and_loses_what_a_float_cannot_hold():
     m = normal(2, 3)
-    np.testing.assert_allclose(layers.plain(scrambled)(Scaled(m, jnp.int32(-5))).m, scrambled(m / 32), rtol=1e-6)
-    np.testing.assert_array_equal(layers.plain(scrambled)(m), scrambled(m))
-    assert np.isnan(layers.plain(lambda h: h)(Scaled(m, jnp.int32(3000))).m).all()
+
+    @jax.jit
+    def run(m):
+        ours = layers.plain(scrambled)(Scaled(m, jnp.int32(-5))).m, layers.plain(scrambled)(m)
+        return ours, (scrambled(m / 32), scrambled(m)), layers.plain(lambda h: h)(Scaled(m, jnp.int32(3000))).m
+
+    (scaled, plain), expected, lost = run(m)
+    np.testing.assert_allclose(scaled, expected[0], rtol=1e-6)
+    np.testing.assert_array_equal(plain, expected[1])
+    assert np.isnan(lost).all()
 
 
 def test_linear_is_drawn_as_it_says():
@@ -335,22 +346,27 @@ def test_linear_is_drawn_as_it_says():
     assert abs(np.var(w) / (1.7**2 / 50) - 1) < 4 * math.sqrt(2 / w.size)
     assert abs(np.var(b) / 0.6**2 - 1) < 4 * math.sqrt(2 / n)
     assert abs(np.mean(b)) < 4 * 0.6 / math.sqrt(n)
-    assert not np.any(layers.linear(50, 3).init(KEY).b)
+    assert not np.any(jax.jit(layers.linear(50, 3).init)(KEY).b)
 
 
 def test_sigmas_are_traceable():
     make = lambda s: layers.residual(4, 4, phi="tanh", sigma_w=s, sigma_b=s).init(KEY)  # noqa: E731
-    sigmas = jnp.array([0.5, 2.0])
-    lanes, slopes = jax.tree.map(np.asarray, jax.jit(lambda s: (jax.vmap(make)(s), jax.vmap(jax.jacfwd(make))(s)))(sigmas))
+    sigmas = np.float32([0.5, 2.0])
+
+    @jax.jit
+    def run(s):
+        return jax.vmap(make)(s), jax.vmap(jax.jacfwd(make))(s), [make(0.5), make(2.0)]
+
+    lanes, slopes, alone = jax.device_get(run(sigmas))
     for i, s in enumerate((0.5, 2.0)):
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), lanes, make(s))
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-5), lanes, alone[i])
         jax.tree.map(lambda a, b, i=i, s=s: np.testing.assert_allclose(s * a[i], b[i], rtol=1e-5), slopes, lanes)  # linear in sigma
 
 
 def test_a_residual_block_that_changes_the_width_is_dense():
     z = normal(BATCH, 6)
     a, b = (make(6, 3, phi="tanh") for make in (layers.residual, layers.dense))
-    np.testing.assert_array_equal(a.apply(a.init(KEY), z), b.apply(b.init(KEY), z))
+    np.testing.assert_array_equal(*jax.jit(lambda: [block.apply(block.init(KEY), z) for block in (a, b)])())
 
 
 @pytest.mark.parametrize("n", [0, -1, 2.0, "3", None, True])
@@ -361,7 +377,7 @@ def test_bad_widths(n):
 
 
 def test_widths_that_numpy_counted():
-    assert layers.linear(np.int64(3), np.int32(2)).init(KEY).w.shape == (3, 2)
+    assert jax.eval_shape(layers.linear(np.int64(3), np.int32(2)).init, KEY).w.shape == (3, 2)
 
 
 @pytest.mark.parametrize("make", [layers.dense, layers.residual, layers.layernorm_dense])
@@ -393,4 +409,4 @@ def test_exactly_one_affine():
 
 def test_a_scaled_input_needs_a_probe():
     with pytest.raises(TypeError, match="needs probed parameters"):
-        layers.affine(Affine(jnp.ones((2, 2)), jnp.zeros(2)), lift(jnp.ones((1, 2))))
+        layers.affine(Affine(normal(2, 2), normal(2)), Scaled(normal(1, 2), np.int32(0)))
