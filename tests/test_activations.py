@@ -41,7 +41,7 @@ def reference(name, z, order):
     f = REFERENCE[name]
 
     def at(v):
-        with mpmath.workdps(350 if name == "erf" and abs(v) > 10 else 130):  # 1 - erf(25) is 1e-273
+        with mpmath.workdps(350 if name == "erf" and 10 < abs(v) < 30 else 130):  # 1 - erf(25) is 1e-273, 1 - erf(40) is 1e-697
             return float(mp.diff(f, mp.mpf(v), order, h=mp.mpf(10) ** -25) if order else f(mp.mpf(v)))
 
     return np.array([at(float(v)) for v in z])
@@ -133,9 +133,14 @@ def test_kinks_are_at_the_breakpoints_and_nowhere_else(name):
     np.testing.assert_allclose(GRID[:-1][jumps > 0.02] + STEP / 2, REGISTRY[name].breakpoints, atol=STEP)
 
 
+@functools.cache
+def at_nan():
+    return jax.device_get(jax.jit(lambda z: {name: REGISTRY[name].phi(z) for name in NAMES})(np.float32([np.nan, 0.5])))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_nan_in_nan_out(name):
-    y = REGISTRY[name].phi(np.array([np.nan, 0.5], np.float32))
+    y = at_nan()[name]
     assert np.isnan(y[0])
     assert np.isfinite(y[1])
 
@@ -145,13 +150,13 @@ def test_the_printed_formula_is_the_function(name):
     code = REGISTRY[name].formula.replace("^", "**").replace("sqrt 2", "sqrt(2)")
     code = re.sub(r"([\d)]|\bz) (?=[z(])", r"\1 * ", code)
     names = {n: getattr(math, n) for n in ("exp", "tanh", "sin", "erf", "sqrt", "pi")} | {"ln": math.log, "max": max, "min": min}
-    ours = np.asarray(jax.jit(REGISTRY[name].phi)(CENTRE.astype(np.float32)))
-    np.testing.assert_allclose(ours, [eval(code, names | {"z": float(z)}) for z in CENTRE], rtol=1e-4, atol=1e-6)
+    expected = [eval(code, names | {"z": float(z)}) for z in CENTRE]
+    np.testing.assert_allclose(orders(name, False)[0][: CENTRE.size], expected, rtol=1e-4, atol=1e-6)
 
 
 def test_softmax():
     z = np.array([[0.3, -1.0, 2.0], [1000.0, 1001.0, 0.0]], np.float32)
-    y = activations.softmax(z)
+    y = jax.jit(activations.softmax)(z)
     e = np.exp(z.astype(np.float64) - z.max(1, keepdims=True))
     np.testing.assert_allclose(y, e / e.sum(1, keepdims=True), rtol=1e-5, atol=1e-7)
 
@@ -175,7 +180,7 @@ def test_the_softmax_row_of_the_table():
     (low, high), (low_slope, high_slope) = ([float(v) for v in re.findall(r"-?[\d.]+", cell)] for cell in row[3:5])
     rng = np.random.default_rng(0)
     z = np.float32(rng.normal(size=(4000, 3)) * 40 * rng.uniform(size=(4000, 1)))
-    y, slopes = jax.jit(lambda z: (activations.softmax(z), jax.vmap(jax.jacobian(activations.softmax))(z)))(z)
+    y, slopes = jax.device_get(jax.jit(lambda z: (activations.softmax(z), jax.vmap(jax.jacobian(activations.softmax))(z)))(z))
     assert low <= y.min() < low + 1e-3 < high - 1e-3 < y.max() <= high
     assert low_slope <= slopes.min() < low_slope + 1e-2 < high_slope - 1e-2 < slopes.max() <= high_slope
 
@@ -233,13 +238,13 @@ def test_bad_phi_is_found_inside_a_trace_too():
         return activations.get(lambda z: z - jnp.mean(z))(z)
 
     with pytest.raises(ValueError, match="not elementwise"):
-        jax.jit(build)(jnp.ones(3))
+        jax.jit(build)(np.ones(3, np.float32))
 
 
 def test_phi_may_have_a_traced_parameter():
     """A slope that is swept: phi is built inside a trace, so that there are no values to look at."""
-    slopes = jnp.array([0.1, 0.5])
+    slopes = np.float32([0.1, 0.5])
     y = jax.jit(jax.vmap(lambda a: activations.get(lambda z: jnp.where(z > 0, z, a * z))(jnp.array([-2.0, 3.0]))))(slopes)
     np.testing.assert_allclose(y, [[-0.2, 3.0], [-1.0, 3.0]], rtol=1e-6)
     with pytest.raises(ValueError, match="expected the same shape"):
-        jax.vmap(lambda a: activations.get(lambda z: a * z[:1])(jnp.ones(2)))(slopes)
+        jax.vmap(lambda a: activations.get(lambda z: a * z[:1])(np.ones(2, np.float32)))(slopes)
