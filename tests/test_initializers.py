@@ -108,9 +108,11 @@ def test_square_orthogonal_is_an_isometry_and_haar():
 
 
 def test_identity_is_cut_or_padded():
-    for shape in ((4, 4), (2, 3), (3, 2)):
-        for key in (KEY, jax.random.key(5)):
-            np.testing.assert_array_equal(initializers.identity(2.5)(key, shape), 2.5 * np.eye(*shape, dtype=np.float32))
+    shapes = (4, 4), (2, 3), (3, 2)
+    draw = jax.jit(lambda key: [initializers.identity(2.5)(key, shape) for shape in shapes])
+    for key in (KEY, jax.random.key(5)):
+        for w, shape in zip(draw(key), shapes, strict=True):
+            np.testing.assert_array_equal(w, 2.5 * np.eye(*shape, dtype=np.float32))
 
 
 def test_positive_uniform_is_the_literal_recipe(draws):
@@ -130,21 +132,19 @@ TRACEABLE = [
 
 def test_sigma_w_is_traceable():
     """W is linear in sigma_w, so that dW / dsigma_w = W / sigma_w; positive_uniform goes as the square root of its scale."""
-    weights = jax.random.normal(jax.random.key(3), (5, 3))
-    sigmas = jnp.array([0.5, 2.0])
+    weights, sigmas = np.random.default_rng(3).standard_normal((5, 3), np.float32), (0.5, 2.0)
 
     @jax.jit
-    def values_and_grads(sigmas):
+    def values_and_grads(traced):
         def of(make):
-            return jax.vmap(jax.value_and_grad(lambda s: jnp.sum(weights * make(s)(KEY, (5, 3)))))(sigmas)
+            number = lambda s: jnp.sum(weights * make(s)(KEY, (5, 3)))  # noqa: E731
+            return *jax.vmap(jax.value_and_grad(number))(traced), [number(s) for s in sigmas]
 
         return [of(make) for make in [*TRACEABLE, initializers.positive_uniform]]
 
-    for i, (value, grad) in enumerate(values_and_grads(sigmas)):
-        make, power = (TRACEABLE[i], 1) if i < len(TRACEABLE) else (initializers.positive_uniform, 0.5)
-        np.testing.assert_allclose(grad, power * value / sigmas, rtol=1e-5)
-        for v, s in zip(value, (0.5, 2.0), strict=True):  # vmap equals loop, traced equals not
-            np.testing.assert_allclose(v, np.sum(np.asarray(weights) * np.asarray(make(s)(KEY, (5, 3)))), rtol=1e-5, atol=1e-5)
+    for i, (value, grad, alone) in enumerate(jax.device_get(values_and_grads(np.float32(sigmas)))):
+        np.testing.assert_allclose(grad, (1 if i < len(TRACEABLE) else 0.5) * value / np.float32(sigmas), rtol=1e-5)
+        np.testing.assert_allclose(value, alone, rtol=1e-5, atol=1e-5)  # vmap equals loop, traced equals not
 
 
 @pytest.mark.parametrize("name", INITIALIZERS)
@@ -160,9 +160,13 @@ def test_the_signature_is_that_of_jax(name):
 def test_an_initializer_of_jax_fits_everywhere():
     theirs: Any = jax.nn.initializers.he_uniform()
     assert initializers.get(theirs) is theirs
-    params = layers.linear(6, 4, weights=theirs, sigma_w=0.5).init(KEY)
-    expected = 0.5 * theirs(jax.random.split(KEY)[0], (6, 4), jnp.float32)
-    np.testing.assert_allclose(params.w, expected, rtol=1e-6)
+
+    @jax.jit
+    def both(key):
+        return layers.linear(6, 4, weights=theirs, sigma_w=0.5).init(key).w, theirs(jax.random.split(key)[0], (6, 4), jnp.float32)
+
+    ours, expected = jax.device_get(both(KEY))
+    np.testing.assert_allclose(ours, 0.5 * expected, rtol=1e-6)
 
 
 def test_same_key_same_draw_other_key_other_draw():

@@ -100,8 +100,8 @@ def monitor(
       TypeError: from `init`, a leaf that is not of real or complex floats.
 
     >>> optimizer = optax.chain(monitor(), optax.sgd(0.1))
-    >>> params = {"w": jnp.array([3.0, 4.0])}
-    >>> updates, state = optimizer.update({"w": jnp.array([1e-30, 0.0])}, optimizer.init(params), params)
+    >>> params, grads = {"w": jnp.array([3.0, 4.0])}, {"w": jnp.array([1e-30, 0.0])}
+    >>> updates, state = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
     >>> f"{optax.tree.get(state, 'log_grad_norm')['w']:.3f} {optax.tree.get(state, 'log_param_norm')['w']:.3f}"
     '-69.078 1.609'
     """
