@@ -147,7 +147,7 @@ def test_every_third_step_is_read(grads):
     got = jax.jit(partial(run, sparse))(grads)
     expected = jax.jit(partial(run, dense))(jax.tree.map(lambda v: v[::3], grads))
     assert int(got.grad_steps) == len(SIZES)
-    chex.assert_trees_all_equal(got[1:], expected[1:])
+    chex.assert_trees_all_close(got[1:], expected[1:], rtol=1e-6, atol=1e-7)  # two programs, which round differently
 
 
 def test_rows_of_a_stacked_leaf_are_leaves_of_their_own():
