@@ -13,7 +13,8 @@ jax.config.update("jax_platforms", "cpu")
 # Most of the suite's time is compilation. JAX_DISABLE_MOST_OPTIMIZATIONS=0 runs it on what users run, and half as fast.
 if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     jax.config.update("jax_disable_most_optimizations", True)
-    # A worker a core, so one thread each. The older emitters compile in half the time; later jaxlibs stop at the flag.
+    # A worker a core, so one thread each, and programs in one part, which XLA would cut in 32.
+    # The older emitters compile in half the time; later jaxlibs stop at the flag.
     flags = "--xla_cpu_multi_thread_eigen=false --xla_cpu_parallel_codegen_split_count=1"
     if jax.__version_info__ < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"

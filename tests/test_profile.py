@@ -243,6 +243,21 @@ def test_one_compilation_for_one_network():
         assert vgrad.mlp(8, in_dim=7, out_dim=5, **other).block.apply != NET.block.apply
 
 
+def test_a_phi_that_has_no_hash_is_equal_to_itself_alone():
+    class Twice:
+        __hash__ = None  # as of a dataclass, or of a module that holds arrays
+
+        def __call__(self, z):
+            return 2 * jnp.tanh(z)
+
+    phi = Twice()
+    ours, other = (vgrad.mlp(8, phi, 7, 5) for _ in range(2))
+    assert ours.block.apply == ours.block.apply != other.block.apply
+    theirs = vgrad.mlp(8, lambda z: 2 * jnp.tanh(z), 7, 5)
+    for a, b in zip(read_off(net=ours, depths=[3]), read_off(net=theirs, depths=[3]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_a_nan_in_a_layer_stays_with_the_networks_that_have_it():
     bad = PARAMS._replace(hidden=PARAMS.hidden._replace(w=changed(PARAMS.hidden.w, (3, 0, 0), np.nan)))  # layer 5
     prof, clean = read_off(bad), read_off()

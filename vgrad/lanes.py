@@ -172,9 +172,10 @@ def group_size(entries: np.ndarray, lane: int) -> int:
     A larger group has more idle lanes, see `descend`, and a smaller one more steps. On CPU it should also stay in the cache: there
     a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator is idle below millions.
     """
-    step, most = (2**12, 2**15) if jax.default_backend() == "cpu" else (2**20, 2**24)
-    if step == 2**12 and np.sum(entries + 1) <= 2**5:  # so few steps are not worth the larger program
+    on_cpu = jax.default_backend() == "cpu"
+    if on_cpu and np.sum(entries + 1) <= 2**5:  # so few steps are not worth the larger program
         return 1
+    step, most = (2**12, 2**15) if on_cpu else (2**20, 2**24)
 
     def cost(size):
         own = grouped(entries, size)

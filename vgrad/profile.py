@@ -68,8 +68,8 @@ def profile(
 
 def _what_is_measured(net: Any) -> Network:
     """The network without its draws: those of other weights share its program."""
-    blocks = (block._replace(init=None) for block in (net.embed, net.block, net.readout))
-    return net._replace(init=None, forward=None, **dict(zip(("embed", "block", "readout"), blocks, strict=True)))
+    embed, block, readout = (b._replace(init=None) for b in (net.embed, net.block, net.readout))
+    return net._replace(init=None, forward=None, embed=embed, block=block, readout=readout)
 
 
 # Compiled as a whole and once per (net, loss, depths), because primitive by primitive the same pass takes seconds.
