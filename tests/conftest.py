@@ -44,6 +44,10 @@ def pytest_runtest_setup(item):
         rng.bit_generator.state = np.random.default_rng(zlib.crc32(item.name.encode())).bit_generator.state
 
 
+def pytest_sessionfinish():
+    gc.freeze()  # pytest looks through all objects once more before it ends, in seconds
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Modules of costly fixtures, those with an `xdist_group`, stay in one process. xdist 3.8 does not see to it on pytest 9.2."""

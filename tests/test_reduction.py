@@ -93,7 +93,11 @@ def test_chunks_change_nothing_but_rounding(both):
 
 
 def test_a_nan_seed_is_counted_and_left_out():
+    """In chunks that do not come out even: eight of eight, the last of which is half full, and one program for all."""
+    traced = []
+
     def family(point):
+        traced.append(isinstance(point["one"], jax.core.Tracer))
         net = vgrad.mlp(4, "tanh", 3, 2)
         bad = lambda key: jax.random.key_data(key)[-1] % 4 == 0  # noqa: E731  some of the draws
         init = lambda key, depth: jax.tree.map(lambda a: a + jnp.where(bad(key), jnp.nan, 0), net.init(key, depth))  # noqa: E731
@@ -103,7 +107,8 @@ def test_a_nan_seed_is_counted_and_left_out():
     raw = vgrad.sweep(family, {"one": [1.0]}, **options).log_delta[:, :, :, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
-        stats = vgrad.sweep_statistics(family, {"one": [1.0]}, chunk=16, **options)
+        stats = vgrad.sweep_statistics(family, {"one": [1.0]}, chunk=8, **options)
+    assert sum(traced) == 2  # of the sweep and of the statistics
     num_nan = np.isnan(raw).sum()
     assert 0 < num_nan < SEEDS
     assert stats.num_nan.log_delta[0, 0, 0] == num_nan

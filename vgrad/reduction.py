@@ -13,6 +13,7 @@ which few networks may carry; how many, in effect, is
 and where that is small neither this mean nor its error can be trusted, however many networks were measured.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -79,7 +80,8 @@ def sweep_statistics(
 
     Args:
       family, grid, key, num_seeds, depths, batch, loss, first_seed: as for `vgrad.sweep`: the same networks.
-      chunk: seeds that are measured between two reductions. Bins of the quantiles are laid by the first chunk: not below 8 or so.
+      chunk: seeds that are measured between two reductions, at most: they are cut as evenly as can be, and one compiled program
+        serves all. Bins of the quantiles are laid by the first chunk: not below 8 or so.
       on_chunk: called after each chunk with its number of seeds.
       options: nested, batch_size and mesh, as for `vgrad.sweep`.
     Returns:
@@ -90,10 +92,11 @@ def sweep_statistics(
     check_count("num_seeds", num_seeds)
     check_count("chunk", chunk)
     measure, shape = measurement(family, grid, key=key, depths=depths, batch=batch, loss=loss, **options)
+    chunk = math.ceil(num_seeds / math.ceil(num_seeds / chunk))
     total = bins = waiting = None
     for start in range(0, num_seeds, chunk):
         seeds = first_seed + np.arange(start, min(start + chunk, num_seeds))
-        readings = measure(seeds)
+        readings = measure(seeds, room=chunk)
         bins = _bins(readings, len(seeds), shape) if bins is None else bins
         tally = _tally(readings, len(seeds), shape, bins)
         # The device works on this chunk while the host adds up the last.

@@ -81,11 +81,12 @@ def sweep(
 
 def measurement(
     family: Family, grid, *, key: Array, depths, batch, loss: Callable, nested=True, batch_size: int | None = None, mesh=None
-) -> tuple[Callable[[np.ndarray], Readings], tuple[int, int, int]]:
+) -> tuple[Callable[..., Readings], tuple[int, int, int]]:
     """Checks the arguments, which are those of `sweep`.
 
     Returns:
       A function from seeds [S] to `Readings` of device arrays, which `by_seed` brings into the order [P, S, D, L]; and (P, D, L).
+        With `room`, a number of seeds, it takes the time of so many, and the program of all that have that room.
     """
     points, depths = grid_points(grid), check_depths(depths)
     if batch_size is not None:
@@ -95,19 +96,20 @@ def measurement(
     stacked = {name: jnp.asarray([p[name] for p in points], jnp.result_type(float)) for name in points[0]}
     num_points = len(points)
 
-    def measure(seeds):
+    def measure(seeds, room=0):
         # One case per point and seed, and per depth where those are independent.
         which = (np.arange(num_points), seeds) if nested else (np.arange(num_points), seeds, np.asarray(depths))
-        cases = [jnp.asarray(c.ravel(), jnp.int32) for c in np.meshgrid(*which, indexing="ij")]
-        if mesh is not None:  # uneven counts wrap around, and what was computed twice is dropped
-            cases = [jnp.resize(c, (math.ceil(c.size / mesh.size) * mesh.size,)) for c in cases]
+        cases = [c.ravel() for c in np.meshgrid(*which, indexing="ij")]
+        # Uneven counts wrap around, and what was computed twice is dropped.
+        num, devices = cases[0].size // len(seeds) * max(len(seeds), room), 1 if mesh is None else mesh.size
+        cases = [jnp.asarray(np.resize(c, math.ceil(num / devices) * devices), jnp.int32) for c in cases]
         return _compiled(family, loss, depths, batch_size, mesh, key, stacked, cases, batch)
 
     return measure, (num_points, len(depths), depths[-1])
 
 
 def by_seed(a, num_seeds: int, shape: tuple[int, int, int]):
-    """What `measurement` measured of so many seeds, as [P, S, D, L] and without the cases that filled up a mesh."""
+    """What `measurement` measured of so many seeds, as [P, S, D, L] and without the cases that filled up the room or a mesh."""
     num_points, num_depths, num_layers = shape
     networks = a.reshape(-1, num_layers)[: num_points * num_seeds * num_depths]
     return networks.reshape(num_points, num_seeds, num_depths, num_layers)
