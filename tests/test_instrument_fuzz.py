@@ -15,6 +15,8 @@ from vgrad.jaxprs import opened
 from vgrad.probes import zero_token
 from vgrad.sites import analyse
 
+pytestmark = pytest.mark.xdist_group("instrument_fuzz")  # all compile the same few hundred operations: one process for all
+
 B, N, T = 2, 3, 2
 FORMS = ["plain", "transposed", "stacked", "flat", "scaled", "masked", "broadcast"]
 PHIS = ["tanh", "sin", "sigmoid", "silu", "softplus", "square"]

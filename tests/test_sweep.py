@@ -9,6 +9,8 @@ import vgrad
 from vgrad import losses
 from vgrad.sweep import grid_points, sweep
 
+pytestmark = pytest.mark.xdist_group("sweep")  # its fixtures are costly: one process for all
+
 X = np.random.default_rng(9).standard_normal((6, 4), np.float32)
 LABELS = np.array([0, 1, 2, 0, 1, 2])
 OPTIONS = dict(key=jax.random.key(0), batch=(X, LABELS), loss=losses.cross_entropy)
