@@ -86,7 +86,7 @@ def measurement(
 
     Returns:
       A function from seeds [S] to `Readings` of device arrays, which `by_seed` brings into the order [P, S, D, L]; and (P, D, L).
-        With `room`, a number of seeds, it takes the time of so many, and the program of all that have that room.
+        With `room`, a number of seeds, at least so many are measured, some of them twice: calls of up to that size are one program.
     """
     points, depths = grid_points(grid), check_depths(depths)
     if batch_size is not None:
@@ -109,7 +109,7 @@ def measurement(
 
 
 def by_seed(a, num_seeds: int, shape: tuple[int, int, int]):
-    """What `measurement` measured of so many seeds, as [P, S, D, L] and without the cases that filled up the room or a mesh."""
+    """What `measurement` measured of so many seeds, as [P, S, D, L] and without what was measured twice."""
     num_points, num_depths, num_layers = shape
     networks = a.reshape(-1, num_layers)[: num_points * num_seeds * num_depths]
     return networks.reshape(num_points, num_seeds, num_depths, num_layers)
