@@ -78,6 +78,7 @@ def attribution(dataset) -> Figure:
         w, phi = (_finite(v.values).mean(axis=0) for v in (at.log_gain_w, at.log_gain_phi))
         # Parts of opposite sign stand on either side of zero; parts of one sign stand on each other.
         base = np.where(np.sign(w) == np.sign(phi), w, 0)
+        ax.use_sticky_edges = False  # else a panel ends where a bar does, and the sum runs along its frame
         ax.bar(layer, w, width=1.0, color="#3b6fb6", label=r"$W^\top$")
         hatched = dict(color="#f2b134", hatch="////", edgecolor="#8a5a00", linewidth=0)
         ax.bar(layer, phi, width=1.0, bottom=base, label=r"$\varphi'$", **hatched)
