@@ -40,7 +40,8 @@ def products(shape):
             yield b, fan_in, b
     for depth in shape.depths:
         for fan_in, fan_out in [(shape.in_dim, n)] + [(n, n)] * (depth - 2) + [(n, shape.out_dim)]:
-            yield b, fan_out, fan_in
+            if fan_in != shape.in_dim:  # of the data there is no cotangent
+                yield b, fan_out, fan_in
             yield (b, b, fan_out) if b < min(fan_in, fan_out) else (fan_in, b, fan_out)
 
 

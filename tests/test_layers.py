@@ -13,6 +13,7 @@ from mpmath import mp
 from vgrad import layers
 from vgrad.activations import REGISTRY
 from vgrad.base import Affine, Block
+from vgrad.lanes import linearise
 from vgrad.layers import Probed
 from vgrad.scaled import Scaled, lift
 
@@ -114,6 +115,23 @@ def test_the_probe_reads_what_zero_taps_read(name, width):
     np.testing.assert_allclose(c_in, grad_z, rtol=1e-5, atol=1e-5)
     for field, ours, theirs in zip(FIELDS, ln(norms), (delta, grad_p.w, grad_p.b, delta_in, h), strict=True):
         assert abs(ours - ln_norm(theirs)) < 1e-5, field  # same maths, two routes
+
+
+@pytest.mark.parametrize("batch", [4, 7])  # by Gram matrices and by dJ/dW
+def test_of_data_no_cotangent_is_computed(batch):
+    """Data may be far wider than the network: W_1^T delta_1 would be the dearest product of all, and is nobody's gradient."""
+    block, wide = layers.linear(23, 6), 23
+    params, x, c = block.init(KEY), normal(batch, wide), normal(batch, 6)
+    (whole, c_in), (norms,) = (
+        jax.jit(lambda p, x, c, d=data: linearise(block, p, lift(x), data=d)[1](c))(params, x, c) for data in (False, True)
+    )
+    assert c_in.shape == x.shape
+    np.testing.assert_allclose(np.delete(norms, 3, axis=0), np.delete(whole, 3, axis=0), rtol=1e-5)
+    np.testing.assert_array_equal(norms[3], [0, whole[0, 1]])
+    back = jax.make_jaxpr(linearise(block, params, lift(x), data=True)[1])(c)
+    made = [v.aval.shape for e in back.jaxpr.eqns for v in e.outvars]
+    assert made
+    assert (batch, wide) not in made
 
 
 @pytest.mark.parametrize("name", ["residual", "plain"])

@@ -43,7 +43,7 @@ def flops(shape: Shape) -> float:
     hidden, lanes = max(depths) - 2, len(depths)
     layers = hidden + sum(d - 2 for d in depths)  # forward once, backward a lane per depth
     inner = 2 * b * n * n * layers + _norms(b, n, n, hidden, layers - hidden)
-    ends = 2 * b * n * (i * (1 + lanes) + o * 2 * lanes) + _norms(b, i, n, 1, lanes) + _norms(b, n, o, lanes, lanes)
+    ends = 2 * b * n * (i + o * 2 * lanes) + _norms(b, i, n, 1, lanes) + _norms(b, n, o, lanes, lanes)
     return float(inner + ends)
 
 
@@ -60,7 +60,7 @@ def memory(shape: Shape, bytes_per_number: int = 4) -> float:
     if hidden * n * (n + 1) <= AT_ONCE:  # with the random bits that they are made of
         weights *= 3.5
     kept = hidden * b * (4 * n + min(b, n))
-    moving = 8 * lanes * b * max(n, i, o)
+    moving = 8 * lanes * b * max(n, o) + b * i
     readings = 20 * lanes * max(depths)
     return float(bytes_per_number * (weights + kept + moving + readings))
 

@@ -54,7 +54,7 @@ class Stack(NamedTuple):
       hidden: their parameters, stacked.
       tops: state z below the readout of each network, a `Scaled` with a leading axis D + 1, the last of which is void.
       segment: s -> what the linearisations of layers s K .. (s + 1) K - 1 keep, stacked on an axis of K.
-      vjp_of: (parameters, kept) of one layer -> c -> (cotangent of its input, norms [5, 2]).
+      vjp_of: (parameters, kept) of one layer -> c -> (norms [5, 2], cotangent of its input).
       length: K.
     """
 
@@ -65,10 +65,10 @@ class Stack(NamedTuple):
     length: int
 
 
-def linearise(block: Block, params, h: Scaled):
-    """block(h), and the function from its cotangent to that of h and the norms [5, 2] seen on the way."""
+def linearise(block: Block, params, h: Scaled, *, data: bool = False):
+    """block(h), and the function from its cotangent to the norms [5, 2] seen on the way and, unless h is data, that of h."""
 
-    def apply(m, probe):
+    def apply(probe, m=h.m):
         out = block.apply(with_probe(params, probe), Scaled(m, h.k))
         if not isinstance(out, Scaled):
             raise TypeError(f"apply returned {type(out).__name__} where it was given a Scaled.")
@@ -76,7 +76,7 @@ def linearise(block: Block, params, h: Scaled):
 
     affine_of(params)
     try:
-        m, vjp, k = jax.vjp(apply, h.m, jnp.zeros((5, 2), h.m.dtype), has_aux=True)
+        m, vjp, k = jax.vjp(apply, jnp.zeros((5, 2), h.m.dtype), *([] if data else [h.m]), has_aux=True)
     except TypeError as error:
         error.add_note(
             "vgrad: build the block from the operations of vgrad.layers, or wrap what is not one of them in layers.plain."
@@ -189,7 +189,7 @@ def readout(net: Network, params, z: Scaled, loss: Callable):
     """The lane that a network sends down from its readout, with the norms [5, 2] of the readout and the LogNorm [2] of z_L."""
     y, vjp = linearise(net.readout, params, z)
     lane = _loss_cotangent(lambda y: loss(net.output(y)), y)
-    c, norms = vjp(lane.c)
+    norms, c = vjp(lane.c)
     return _rescaled(c, lane.e), carry(norms[None], lane.e[None])[0], jnp.stack(norm(y))
 
 
@@ -235,7 +235,7 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
 
     def layer(l, first, kept, state):
         (c, e), read = state
-        c, norms = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
+        norms, c = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
         # A lane with NaN has none but NaN below, in any case. Said by its norm, so that the norms come before the new c, which can
         # then take the old one's memory: else c is copied at every layer.
         c = jnp.where(jnp.isnan(norms[:, :1, :1]), jnp.nan, c)

@@ -88,16 +88,20 @@ def _probed_dot(precision, m, k, w, probe):
     return jnp.where(jnp.isfinite(z), z, jnp.nan)
 
 
-def _probed_dot_fwd(precision, m, k, w, probe):
+def _probed_dot_fwd(precision, *args):
+    asked = args[0].perturbed
+    m, k, w, probe = (a.value for a in args)
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
     # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
     by_gram = m.shape[0] < min(w.shape)
     seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
-    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack([sumsq(m), k.astype(m.dtype)]), w)
+    # Of data nobody asks for the cotangent, and it may be far wider than the layers.
+    behind = w if asked else w[:0]
+    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack([sumsq(m), k.astype(m.dtype)]), behind)
 
 
 def _probed_dot_bwd(precision, residuals, c):
-    """W^T c and the norms [5, 2] of the probe.
+    """W^T c and the norms [5, 2] of the probe. Without a row in w nobody asks for W^T c, and its norm is 0.
 
     The products of the samples of c with each other hold two norms: their diagonal ||c||^2, their sum against those of h
     ||dJ/dW||^2. A cotangent comes rescaled, so that its squares are ordinary numbers. Behind slopes that are all but zero they are
@@ -119,7 +123,8 @@ def _probed_dot_bwd(precision, residuals, c):
 
     def as_it_is(seen, w, c, c_in):
         found = squares(seen, c, c_in)
-        strange = jnp.abs(jnp.log2(found[::3])) >= below  # c or c_in; not NaN, which no units will help
+        looked_at = found[::3] if c_in.size else found[:1]  # c and c_in
+        strange = jnp.abs(jnp.log2(looked_at)) >= below  # not NaN, which no units will help
         return ~jnp.any(strange), jnp.concatenate([found, jnp.zeros_like(found[:2])])
 
     def in_own_units(seen, w, c, c_in):
@@ -133,10 +138,10 @@ def _probed_dot_bwd(precision, residuals, c):
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
     norms = jnp.stack([delta, grad_w, grad_b, delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
-    return c_in, None, None, jnp.stack(norms, axis=-1)
+    return c_in if c_in.size else None, None, None, jnp.stack(norms, axis=-1)
 
 
-_probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd)
+_probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd, symbolic_zeros=True)
 
 
 def activate(phi: Phi, z):

@@ -29,7 +29,7 @@ class Readings(NamedTuple):
 
     Attributes:
       delta, grad_w, grad_b: norms of dJ/dz_l, dJ/dW_l, dJ/db_l.
-      delta_in: norm of W_l^T delta_l, the cotangent of what layer l took in.
+      delta_in: norm of W_l^T delta_l, the cotangent of what layer l took in; 0 at l = 1, which took in data.
       h: norm of h_l, the input of layer l + 1; at the last layer of z_L.
     """
 
@@ -119,7 +119,7 @@ def read(
     hidden = jax.tree.map(lambda p: p[:num_hidden], params.hidden)
     entries = depths - 2  # of each network, how many hidden layers lie below its readout
 
-    z, embed_vjp = linearise(net.embed, params.embed, lift(x))
+    z, embed_vjp = linearise(net.embed, params.embed, lift(x), data=True)
     length = segment_length(net.block, hidden, z) if segment is None else segment
     below = stack(net.block, hidden, z, entries, length)
 
@@ -128,7 +128,7 @@ def read(
         tops, entries, is_top = some
         lanes, top, z_top = jax.vmap(lambda z: readout(net, params.readout, z, lambda y: loss(y, t)))(tops)
         lanes, norms = descend(lanes, entries, below)
-        _, first = jax.vmap(embed_vjp)(lanes.c)
+        (first,) = jax.vmap(embed_vjp)(lanes.c)
         # One row per layer; in row d of the network of depth d stands its readout.
         norms = jnp.concatenate([carry(first, lanes.e)[None], norms, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
         norms = jnp.where(is_top[:, :, None, None], top[:, None], norms)

@@ -73,13 +73,12 @@ def run(config: Config) -> dict[str, Any]:
     lanes = group_size(depths - 2, b * n)
     dot = partial(jnp.matmul, precision="highest")
     corner = lambda a: a[0, 0]  # noqa: E731  a product is whole all the same: the compiler does not cut it, as it does elsewhere
-    # Every lane goes from its network's last hidden layer to the first layer, the embedding included; none is idle.
-    walked, layers = float(np.sum(depths - 1)) / lanes, int(depths[-1]) - 1 + len(depths)
+    # Every lane goes from its network's readout to the first layer, which asks for no W^T c; none is idle.
+    walked, layers = float(np.sum(depths)) / lanes, int(depths[-1]) - 1 + len(depths)
     each = {
-        "c W^T, a group of lanes": (walked, lambda i, c, w: corner(dot(c, w.T)), (lanes * b, n), (n, n)),
+        "c W^T, a group of lanes": (walked - len(depths) / lanes, lambda i, c, w: corner(dot(c, w.T)), (lanes * b, n), (n, n)),
         "c c^T, a group of lanes": (walked, lambda i, c: corner(dot(c, c.mT)[0]), (lanes, b, n)),
         "h W, a layer": (layers, lambda i, h, w: corner(dot(h, w)), (b, n), (n, n)),
-        "c W^T, a readout": (len(depths), lambda i, c, w: corner(dot(c, w.T)), (b, n), (n, n)),
         "h h^T, a layer": (layers, lambda i, h: corner(dot(h, h.T)), (b, n)),
         "W drawn": (int(depths[-1]), lambda i: jnp.sum(jax.random.normal(jax.random.key(i), (n, n)))),
     }

@@ -74,10 +74,11 @@ def layers_of(depth: int) -> list[int]:
 def nested_flops(size: Size) -> int:
     """Floating-point operations of the nested algorithm, products alone.
 
-    Forward 2 B N^2 for each layer, once, and for each readout. Backward, for each layer of each depth, 2 B N^2 for W^T delta and
-    the smaller of 2 B^2 N (Gram matrices) and 2 B N^2 (the gradient itself) for its norm.
+    Forward 2 B N^2 for each layer, once, and for each readout. Backward, for each layer of each depth, 2 B N^2 for W^T delta, but
+    for the first layer, and the smaller of 2 B^2 N (Gram matrices) and 2 B N^2 (the gradient itself) for the norm of its gradient.
     """
     n, b = size.width, size.batch
     forward = (size.depths[-1] - 1 + len(size.depths)) * 2 * b * n * n
-    backward = sum(size.depths) * (2 * b * n * n + 2 * b * n * min(b, n))
+    layers, first = sum(size.depths), len(size.depths)
+    backward = (layers - first) * 2 * b * n * n + layers * 2 * b * n * min(b, n)
     return size.seeds * (forward + backward)
