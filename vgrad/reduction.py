@@ -220,7 +220,7 @@ def _finish(t: Any, bins: Any, depths) -> Statistics:
         error = 0.5 * np.sqrt(np.maximum(t.second / num - np.square(share), 0) / (num - 1)) / share
         mean_sq = np.where(t.num > 0, t.most + raise_by + 0.5 * np.log(share), -np.inf), error
         effective = np.where(t.num > 0, np.square(t.first) / t.second, 0)
-        quantiles = [raise_by + _quantile(t, bins, p) for p in QUANTILES]
+        quantiles = [raise_by + q for q in _quantiles(t, bins)]
     last = np.asarray(depths)[:, None] - np.array([0, 0, 0, 0, 1, 1])[:, None, None]  # the gains have no last layer
     outside = (np.arange(1, num.shape[-1] + 1) > last)[:, None]
     mask = lambda a: np.where(outside | (num == 0), np.nan, a)  # noqa: E731
@@ -231,17 +231,18 @@ def _finish(t: Any, bins: Any, depths) -> Statistics:
     return Statistics._make([*counts, typical, profile(mask(variance)), mean_sq, profile(mask(effective)), quantiles])
 
 
-def _quantile(t, bins, p):
-    """[F, P, D, L], relative to the reference: zeros first, then the histogram, evenly filled from edge to edge."""
-    target = p * (t.num + t.num_zero)[..., None]
+def _quantiles(t, bins):
+    """[F, P, D, L] each, relative to the reference: zeros first, then the histogram, evenly filled from edge to edge."""
     upto = t.num_zero[..., None] + np.cumsum(t.histogram, axis=-1)
-    at = np.argmax(upto >= target, axis=-1, keepdims=True)
-    pick = lambda a: np.take_along_axis(a, at, axis=-1)[..., 0]  # noqa: E731
     edges = bins.low[..., None] + bins.width[..., None] * np.arange(NUM_BINS + 1)
     edges[..., 0], edges[..., -1] = np.minimum(t.least, edges[..., 0]), np.maximum(t.most, edges[..., -1])
-    low, high = np.maximum(pick(edges[..., :-1]), t.least), np.minimum(pick(edges[..., 1:]), t.most)
-    value = low + (high - low) * (target[..., 0] - pick(upto - t.histogram)) / pick(t.histogram)
-    return np.where(target[..., 0] <= t.num_zero, np.where(t.num_zero > 0, -np.inf, t.least), value)
+    for p in QUANTILES:
+        target = p * (t.num + t.num_zero)
+        at = np.argmax(upto >= target[..., None], axis=-1, keepdims=True)
+        pick = lambda a, at=at: np.take_along_axis(a, at, axis=-1)[..., 0]  # noqa: E731
+        low, high = np.maximum(pick(edges[..., :-1]), t.least), np.minimum(pick(edges[..., 1:]), t.most)
+        value = low + (high - low) * (target - (pick(upto) - pick(t.histogram))) / pick(t.histogram)
+        yield np.where(target <= t.num_zero, np.where(t.num_zero > 0, -np.inf, t.least), value)
 
 
 def _warn_if_few(statistics):
