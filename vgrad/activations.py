@@ -75,8 +75,9 @@ def gelu(z):
 
 
 def gelu_tanh(z):
-    # (1 + tanh u) / 2 = sigmoid(2 u), without the cancellation at large negative u.
-    return z * sigmoid(2 * math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))
+    # (1 + tanh u) / 2 = sigmoid(2 u), without the cancellation at large negative u, and saturated long before the cube overflows.
+    near = jnp.clip(z, -1e3, 1e3)
+    return z * sigmoid(2 * math.sqrt(2 / math.pi) * (near + 0.044715 * near**3))
 
 
 def identity(z):
