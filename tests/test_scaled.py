@@ -142,27 +142,6 @@ def test_change_if_changes_those_who_need_it_and_is_entered_by_none_else():
     assert not entered
 
 
-def test_usually_decides_once_for_a_batch():
-    def quick(x, y):
-        return x > 0, x + y
-
-    def careful(x, y):
-        return 100.0 + x
-
-    one = scaled.usually(quick, careful)
-    scalar, lanes = jax.jit(one), jax.jit(jax.vmap(one, (0, None)))
-    assert float(scalar(1.0, 2.0)) == 3
-    assert float(scalar(-1.0, 2.0)) == 99
-    np.testing.assert_array_equal(lanes(np.float32([1, 2]), 1.0), [2, 3])
-    np.testing.assert_array_equal(lanes(np.float32([1, -2]), 1.0), [101, 98])  # careful for both
-    x = np.float32([[1, 2], [3, -4]])
-    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(one)))(x, x), 100 + x)
-    np.testing.assert_array_equal(jax.jit(jax.vmap(jax.vmap(one, (0, None)), (None, 0)))(x[0], x[0]), x[:1] + x[:1].T)
-    text = str(jax.make_jaxpr(jax.vmap(one))(x[0], x[0]))
-    assert "cond" in text  # not a select, which would compute both
-    assert "select_n" not in text
-
-
 def test_headroom_leaves_room_for_a_cube():
     for dtype in (np.float32, np.float64):
         cube = np.ldexp(dtype(1), scaled.headroom(dtype)) ** 3

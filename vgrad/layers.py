@@ -22,7 +22,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import Scaled, bare, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, unit, usually
+from vgrad.scaled import Scaled, bare, change_if, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, unit
 
 __all__ = [
     "Probed",
@@ -103,41 +103,33 @@ def _probed_dot_fwd(precision, *args):
 def _probed_dot_bwd(precision, residuals, c):
     """W^T c and the norms [5, 2] of the probe. Without a row in w nobody asks for W^T c, and its norm is 0.
 
-    The products of the samples of c with each other hold two norms: their diagonal ||c||^2, their sum against those of h
-    ||dJ/dW||^2. A cotangent comes rescaled, so that its squares are ordinary numbers. Behind slopes that are all but zero they are
-    not, and it is squared in units a little below its largest entry, so that what cancels in a sum over it is still seen.
+    The products of the samples of c with each other, summed against those of h, are ||dJ/dW||^2. A cotangent comes rescaled, so
+    that its squares are ordinary numbers. Behind slopes that are all but zero they are not, and it is squared in units a little
+    below its largest entry, so that what cancels in a sum over it is still seen.
     """
     seen, (sumsq_h, k), w = residuals
-    by_gram = seen.ndim == 1
-    c_in = jnp.dot(c, w.T, precision=precision)
+    c_in, as_it_is = jnp.dot(c, w.T, precision=precision), jnp.zeros((), jnp.int32)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
+    delta, delta_in = sumsq(c), sumsq(c_in)
 
-    def squares(seen, c, c_in):
-        """||c||^2, ||dJ/dW||^2, ||dJ/db||^2 and ||c_in||^2. Shape [4]."""
-        if by_gram:
-            pairs = jnp.dot(c, c.T, precision=precision)
-            delta, grad_w = jnp.sum(jnp.diagonal(pairs)), jnp.dot(pairs.reshape(-1), seen, precision=precision)
-        else:
-            delta, grad_w = sumsq(c), sumsq(jnp.dot(seen.T, c, precision=precision))
-        return jnp.stack([delta, grad_w, sumsq(jnp.sum(c, axis=0)), sumsq(c_in)])
+    def in_own_units(state):
+        e = jnp.maximum(exponent(state[0]) - below, -most)
+        of_w = exponent(lax.optimization_barrier((w, e))[0])  # or it would be read at every layer: it does not depend on the state
+        e_in = jnp.clip(e + of_w, -most, most)
+        own = scale(state[0], -e)
+        return own, sumsq(own), sumsq(scale(c_in, -e_in)), e, e_in
 
-    def as_it_is(seen, w, c, c_in):
-        found = squares(seen, c, c_in)
-        looked_at = found[::3] if c_in.size else found[:1]  # c and c_in
-        strange = jnp.abs(jnp.log2(looked_at)) >= below  # not NaN, which no units will help
-        return ~jnp.any(strange), jnp.concatenate([found, jnp.zeros_like(found[:2])])
-
-    def in_own_units(seen, w, c, c_in):
-        e = jnp.maximum(exponent(c) - below, -most)
-        e_in = jnp.clip(e + exponent(w), -most, most)
-        found = squares(seen, scale(c, -e), scale(c_in, -e_in))
-        return jnp.concatenate([found, jnp.stack([e, e_in]).astype(c.dtype)])
-
-    delta, grad_w, grad_b, delta_in, e, e_in = usually(as_it_is, in_own_units)(seen, w, c, c_in)
-    if by_gram:
+    looked_at = jnp.stack([delta, delta_in] if c_in.size else [delta])
+    strange = jnp.any(jnp.abs(jnp.log2(looked_at)) >= below)  # not NaN, which no units will help
+    own, delta, delta_in, e, e_in = change_if(strange, in_own_units, (c, delta, delta_in, as_it_is, as_it_is))
+    if seen.ndim == 1:
+        grad_w = jnp.dot(jnp.dot(own, own.T, precision=precision).reshape(-1), seen, precision=precision)
         # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
         grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    norms = jnp.stack([delta, grad_w, grad_b, delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
+    else:
+        grad_w = sumsq(jnp.dot(seen.T, own, precision=precision))
+    e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
+    norms = jnp.stack([delta, grad_w, sumsq(jnp.sum(own, axis=0)), delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
     return c_in if c_in.size else None, None, None, jnp.stack(norms, axis=-1)
 
 

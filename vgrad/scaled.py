@@ -44,7 +44,6 @@ __all__ = [
     "sumsq",
     "tidy",
     "unit",
-    "usually",
 ]
 
 
@@ -233,32 +232,3 @@ def change_if(needed: Array, change: Callable, value: Any) -> Any:
     state = lax.while_loop(lambda state: state[0], lambda state: (jnp.zeros_like(needed), change(state[1])), (needed, value))
     return state[1]
 
-
-def usually(quick: Callable, careful: Callable) -> Callable:
-    """A function of arrays that is `quick` where that will do, and else `careful`, which is not computed then.
-
-    Args:
-      quick: arrays -> (whether it will do, the result).
-      careful: the same arrays -> a result of the same shapes.
-    Returns:
-      A function of the same arrays. Under `vmap` there is one decision for the whole batch, where `lax.cond` would compute both
-      for every member. Not to be differentiated in reverse: `custom_vmap` is not.
-    """
-
-    @jax.custom_batching.custom_vmap
-    def choose(*args):
-        will_do, result = quick(*args)
-        return lax.cond(will_do, lambda: result, lambda: careful(*args))
-
-    @choose.def_vmap
-    def of_batch(axis_size, in_batched, *args):
-        quick_one, careful_one = (jax.vmap(f, [0 if b else None for b in in_batched]) for f in (quick, careful))
-
-        def quick_all(*args):
-            will_do, result = quick_one(*args)
-            return jnp.all(will_do), result
-
-        result = usually(quick_all, careful_one)(*args)
-        return result, jax.tree.map(lambda _: True, result)
-
-    return choose
