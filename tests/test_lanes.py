@@ -54,7 +54,7 @@ def test_groups_of_any_size_change_no_reading(monkeypatch):
 def test_groups_are_small_where_depths_lie_far_apart_or_lanes_are_large():
     dense, sparse = np.arange(64), np.array([0, 2, 6, 14, 30, 62, 1022])
     assert lanes.group_size(sparse, 2**13) < lanes.group_size(dense, 2**13) <= 4
-    assert lanes.group_size(dense, 2**18) == 1
+    assert lanes.group_size(dense, 2**18) == 2  # however wide, two share a layer's weights
     assert lanes.group_size(np.array([0]), 2**10) == 1
 
 

@@ -171,6 +171,7 @@ def group_size(entries: np.ndarray, lane: int) -> int:
 
     A larger group has more idle lanes, see `descend`, and a smaller one more steps. On CPU it should also stay in the cache: there
     a step costs what it costs to touch 2^12 entries, and 2^15 of them are as many as stay; an accelerator is idle below millions.
+    Two may go together in any case: of wide layers it is the weights, which they share, that come from far.
     """
     on_cpu = jax.default_backend() == "cpu"
     if on_cpu and np.sum(entries + 1) <= 2**5:  # so few steps are not worth the larger program
@@ -182,7 +183,7 @@ def group_size(entries: np.ndarray, lane: int) -> int:
         meet, deepest = own[:, size // 2 - 1], own[:, -1]
         return np.sum((step + size * lane) * (meet + 1) + (step + (size - size // 2) * lane) * (deepest - meet))
 
-    return min(range(1, max(1, min(len(entries), most // lane)) + 1), key=cost)
+    return min(range(1, min(len(entries), max(2, most // lane)) + 1), key=cost)
 
 
 def readout(net: Network, params, z: Scaled, loss: Callable):
