@@ -39,8 +39,8 @@ def products(shape):
         if b < min(fan_in, fan_out):
             yield b, fan_in, b
     for depth in shape.depths:
-        for fan_in, fan_out in [(shape.in_dim, n)] + [(n, n)] * (depth - 2) + [(n, shape.out_dim)]:
-            if fan_in != shape.in_dim:  # of the data there is no cotangent
+        for layer, (fan_in, fan_out) in enumerate([(shape.in_dim, n)] + [(n, n)] * (depth - 2) + [(n, shape.out_dim)]):
+            if layer > 0:  # of the data there is no cotangent
                 yield b, fan_out, fan_in
             yield (b, b, fan_out) if b < min(fan_in, fan_out) else (fan_in, b, fan_out)
 

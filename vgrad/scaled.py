@@ -231,4 +231,3 @@ def change_if(needed: Array, change: Callable, value: Any) -> Any:
     """
     state = lax.while_loop(lambda state: state[0], lambda state: (jnp.zeros_like(needed), change(state[1])), (needed, value))
     return state[1]
-

@@ -78,28 +78,32 @@ def measure(size: Size, seeds: int, chunk: int) -> dict[str, Any]:
         lambda a, b: jnp.einsum("smk,kn->smn", a, b, precision="highest"), mesh=mesh,
         in_specs=(jax.P("cases"), jax.P()), out_specs=jax.P("cases"), check_vma=False,
     ))  # fmt: skip
-    times = []
 
     def products():
+        """GFLOP/s of a large product, the median of a few."""
+        times = []
         for _ in range(12):
             start = time.perf_counter()
             product(a, b).block_until_ready()
             times.append(time.perf_counter() - start)
+        return 2e-9 * mesh.size * 4096 * 1024 * 1024 / float(np.median(times))
 
     cold, _ = run(chunk)
-    num_chunks = max(1, round(seeds / chunk))
-    warm, first = 0.0, chunk
     products()
+    num_chunks = max(1, round(seeds / chunk))
+    portions, first, before = [], chunk, products()
     # In portions, with products between them: a shared machine is seldom as fast as it was a moment ago.
-    for portion in np.array_split(np.arange(num_chunks), min(PORTIONS, num_chunks)):
-        taken, statistics = run(portion.size * chunk, first)
-        warm, first = warm + taken, first + portion.size * chunk
-        products()
+    for chunks in np.array_split(np.arange(num_chunks), min(PORTIONS, num_chunks)):
+        taken, statistics = run(chunks.size * chunk, first)
+        after = products()
+        portions.append((chunks.size * chunk, taken, (before + after) / 2))
+        first, before = first + chunks.size * chunk, after
+    sizes, taken, rates = zip(*portions, strict=True)
     at_first = statistics.mean_log.log_grad_w
     return {
-        "cold": cold, "warm": warm, "seeds": num_chunks * chunk, "devices": jax.device_count(),
+        "cold": cold, "warm": sum(taken), "seeds": sum(sizes), "portions": portions, "devices": jax.device_count(),
         "device": jax.devices()[0].device_kind, "backend": jax.default_backend(), "jax": jax.__version__,
-        "product_gflops": 2e-9 * mesh.size * 4096 * 1024 * 1024 / sorted(times)[len(times) // 2],
+        "product_gflops": float(np.average(rates, weights=taken)),
         "ln_grad_w1": [float(at_first.value[0, -1, 0]), float(at_first.stderr[0, -1, 0])],
     }  # fmt: skip
 
@@ -130,6 +134,7 @@ def report(result: dict[str, Any]) -> str:
     whole, size = result["whole"], Size(**result["size"])
     per_seed = whole["warm"] / whole["seeds"]
     seconds, bound = per_seed * size.seeds, nested_flops(size) / whole["product_gflops"] / 1e9
+    ratios = sorted(taken / n * size.seeds * gflops * 1e9 / nested_flops(size) for n, taken, gflops in whole["portions"])
     cpu, networks = whole["backend"] == "cpu", size.seeds * len(size.depths)
     most = 1.25 if cpu else 2.5
     measured = [("times the bound of the products", f"<= {most}", seconds / bound, seconds / bound <= most)]
@@ -140,7 +145,8 @@ def report(result: dict[str, Any]) -> str:
         f"jax {whole['jax']}. Run: {whole['seeds']} of {size.seeds:,} seeds, {whole['seeds'] / size.seeds:.2%}, in "
         f"{whole['warm']:.1f} s; **the whole: {seconds:.0f} s{'' if whole['seeds'] == size.seeds else ', extrapolated'}**. "
         f"Bound of the products: {bound:.0f} s ({nested_flops(size) / 1e12:.0f} TFLOP at {whole['product_gflops']:.0f} GFLOP/s, "
-        f"measured). First call, with compilation: {whole['cold']:.1f} s. "
+        f"measured before, between and after {len(ratios)} portions of the run: {ratios[0]:.2f} to {ratios[-1]:.2f} times the "
+        f"bound each). First call, with compilation: {whole['cold']:.1f} s. "
         f"{networks / seconds:,.0f} networks a second.", "",
         *align([("claim", "wanted", "measured", ""), *((a, b, f"{c:.2f}", "ok" if d else "short") for a, b, c, d in measured)]),
     ]  # fmt: skip
