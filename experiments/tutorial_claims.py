@@ -29,7 +29,7 @@ class Config:
     learning_rate: float = 0.05
 
 
-PAPER, TINY = Config(), Config(widths=(64, 3), num_seeds=8, trained=(3, 12, 32, 200))
+PAPER, TINY = Config(), Config(widths=(64, 3), num_seeds=4, trained=(3, 12, 32, 200))
 PHIS, DRAWS = ["identity", "relu", "tanh", "sigmoid"], ["normal", "positive_uniform"]
 TEXTBOOK, ABOVE = [("sigmoid", "normal", 1.0)], [(phi, "normal", 1.1) for phi in PHIS]
 RECIPES = [(phi, draw, sigma_w) for phi, sigma_w in (("relu", 2**0.5), ("tanh", 1.0)) for draw in DRAWS]

@@ -174,7 +174,7 @@ def _check_elementwise(phi):
             )
         if isinstance(whole, jax.core.Tracer):  # phi has a traced parameter, a slope being swept say: no values to compare
             return
-        single = np.reshape([phi(jnp.asarray(u)) for u in z.reshape(4, 1)], z.shape)
+        single = np.reshape(jax.vmap(phi)(jnp.asarray(z.reshape(4, 1))), z.shape)
         if not np.allclose(whole, single, rtol=1e-3, atol=1e-6, equal_nan=True):
             raise ValueError(
                 f"phi={name} is not elementwise: one unit's value changes with its neighbours (softmax, normalisation?). "
