@@ -3,6 +3,7 @@
 Processes share the suite's cache of compiled programs, so that only the first of them compiles.
 """
 
+import contextlib
 import importlib
 import os
 import signal
@@ -18,8 +19,8 @@ import jax
 import numpy as np
 import pytest
 
+from vgrad import cli, study
 from vgrad import store as files
-from vgrad import study
 from vgrad.chunkstore import Store
 
 pytestmark = pytest.mark.xdist_group("hosts")  # its fixtures are costly: one process for all
@@ -129,38 +130,78 @@ def test_dask_goes_on_when_a_worker_is_killed(tmp_path, client, config, whole):
     assert not (tmp_path / "study.chunks").exists()
 
 
-def start(folder, environment, *, data, number, of, port, delay):
-    where = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--num-processes", str(of), "--process-id", str(number)]
-    command = [sys.executable, "-c", SLOW, str(delay), "study", *OPTIONS.split(), "--data", str(data), "--out", str(folder), *where]
+def start(folder, environment, *, data, delay, where=()):
+    command = [sys.executable, "-c", SLOW, str(delay), "study", *OPTIONS.split(), "--data", str(data), "--out", str(folder)]
+    command += ["--distributed", *where]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def free_port(ports=(0,)):
+    for port in ports:
+        with socket.socket() as s, contextlib.suppress(OSError):
+            s.bind(("127.0.0.1", port))
+            return s.getsockname()[1]
+    raise AssertionError(f"none of the ports {ports} is free")
 
 
-@pytest.mark.parametrize(("of", "victim"), [(2, None), (4, 0)], ids=["two to the end", "four, and the coordinator is killed"])
-def test_processes_share_a_study(of, victim, tmp_path, environment, config, whole):
-    port = free_port()
-    delays = [3.0 if i == victim else 0.0 for i in range(of)]
-    processes = [start(tmp_path, environment, data=config.data, number=i, of=of, port=port, delay=delays[i]) for i in range(of)]
-    if victim is not None:  # it is slow: once there is a chunk, all have met
-        deadline = time.monotonic() + 120
-        while not list(tmp_path.glob("study.chunks/*.npz")) and time.monotonic() < deadline:
-            time.sleep(0.02)
-        processes[victim].send_signal(signal.SIGKILL)
+def slurm(of):
+    """What Slurm's `srun` sets on one machine, for each process. jax makes the port from the job's number."""
+    first = 2**16 - 2**12
+    job = free_port(range(first + os.getpid() % 2**11, 2**16)) - first
+    step = {"SLURM_JOB_ID": str(job), "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_NTASKS": str(of)}
+    return [step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)} for i in range(of)]
+
+
+def test_two_processes_of_slurm_share_a_study(tmp_path, environment, config, whole):
+    processes = [start(tmp_path, environment | step, data=config.data, delay=0.0) for step in slurm(2)]
     printed = [p.communicate()[0] for p in processes]
-    assert [p.returncode for p in processes] == [-9 if i == victim else 0 for i in range(of)], printed
-    if victim is None:
-        assert sum("study.nc" in text for text in printed) == 1
-        assert sum("has done its share" in text for text in printed) == of - 1
-        assert sorted(p.suffix for p in tmp_path.iterdir()) == [".nc", ".png", ".png", ".png"]
-        return
+    assert [p.returncode for p in processes] == [0, 0], printed
+    assert sum("study.nc" in text for text in printed) == 1
+    assert sum("has done its share" in text for text in printed) == 1
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".nc", ".png", ".png", ".png"]
+    close(files.load(tmp_path / "study.nc"), whole)
+
+
+def test_four_processes_of_which_the_coordinator_is_killed(tmp_path, environment, config, whole):
+    port, processes = free_port(), []
+    for number in range(4):
+        where = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", "4", "--process-id", str(number)]
+        processes.append(start(tmp_path, environment, data=config.data, delay=0.0 if number else 3.0, where=where))
+    deadline = time.monotonic() + 120  # the first is slow: once there is a chunk, all have met
+    while not list(tmp_path.glob("study.chunks/*.npz")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    processes[0].send_signal(signal.SIGKILL)
+    printed = [p.communicate()[0] for p in processes]
+    assert [p.returncode for p in processes] == [-9, 0, 0, 0], printed
     kept = sorted(tmp_path.glob("study.chunks/*.npz"))
     assert len(kept) in (6, 7)  # those of three processes, and one of the victim at most
     before = [p.read_bytes() for p in kept]
     with Store(tmp_path / "study.chunks") as store:
         close(study.run(config, store=store, resume=True), whole)
     assert [p.read_bytes() for p in kept] == before
+
+
+@pytest.mark.parametrize(
+    ("environment_of_mpi", "method"),
+    [
+        ({}, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpi4py"),  # version 5
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1:34911"}, None),  # version 4
+    ],
+)
+def test_where_nothing_is_found_out_the_command_asks(environment_of_mpi, method, monkeypatch, capsys, tmp_path):
+    asked = []
+
+    def initialize(*_, cluster_detection_method):
+        asked.append(cluster_detection_method)
+        raise ValueError("coordinator_address should be defined.")
+
+    for name, value in environment_of_mpi.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["study", "--distributed", "--out", str(tmp_path)])
+    assert asked == [method]
+    words = capsys.readouterr().err
+    assert "give --coordinator host:port, --num-processes and --process-id" in words
+    assert ("install mpi4py" in words) == (method == "mpi4py")

@@ -24,11 +24,15 @@ def roll_call(coordinator, num_processes, process_id):
     Whoever stays joined to jax's coordinator is aborted when another process dies, and at once when the coordinator does or is the
     first to finish. Chunks need nothing of each other, so nobody stays.
     """
+    # Of Open MPI jax looks for a variable that is gone since version 5, and asks mpi4py only if it is told to.
+    open_mpi_5 = "OMPI_COMM_WORLD_SIZE" in os.environ and "OMPI_MCA_orte_hnp_uri" not in os.environ
+    method = "mpi4py" if open_mpi_5 and coordinator is None else None
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, cluster_detection_method=method)
     except ValueError as error:
         raise ValueError(
-            f"--distributed does not know where to meet ({error}): give --coordinator host:port, --num-processes and --process-id."
+            f"--distributed does not know where to meet ({error}): give --coordinator host:port, --num-processes and --process-id"
+            + (", or install mpi4py." if method else ".")
         ) from error
     member = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()
