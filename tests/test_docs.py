@@ -32,3 +32,9 @@ def test_the_readme_example_prints_what_it_says(code, shown):
 
 def test_the_table_of_activations_is_the_registry():
     assert activations.table() in (ROOT / "docs" / "activations.md").read_text()
+
+
+def test_the_guide_to_the_code_names_every_module():
+    guide = (ROOT / "README.md").read_text().split("## Reading the code")[1].split("\n## ")[0]
+    modules = {p.stem for p in (ROOT / "vgrad").glob("*.py")} - {"__init__", "__main__"}
+    assert set(re.findall(r"`(\w+)`", guide)) == modules
