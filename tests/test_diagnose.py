@@ -514,3 +514,53 @@ def test_loops_in_loops_may_start_with_their_activations():
     assert sum(known) == 5
     for field in ("dead_fraction", "saturated_fraction"):
         np.testing.assert_allclose(getattr(report, field)[known], getattr(expected, field)[known])
+
+
+# Which axes are units, and which part of a product an activation sees.
+
+
+HALF = {"w": draw(0, 8, 16), "b": np.where(np.arange(16) < 8, np.float32(-100), np.float32(0))[None], "v": draw(3, 16, 2)}
+ROUNDABOUT = {
+    "transposed": lambda z: jax.nn.relu(z.T).T,
+    "in heads": lambda z: jax.nn.relu(z.reshape(-1, 4, 4)).reshape(z.shape),
+    "with an axis more": lambda z: jax.nn.relu(z[:, None])[:, 0],
+    "samples in two": lambda z: jax.nn.relu(z.reshape(2, -1, 16)).reshape(z.shape),
+}
+
+
+@pytest.mark.parametrize("way", ROUNDABOUT.values(), ids=list(ROUNDABOUT))
+def test_dead_units_are_counted_wherever_their_axis_went(way):
+    x = draw(1, 16, 8)  # as many samples as units: shapes do not tell which is which
+    report = vgrad.diagnose(lambda p: jnp.sum((way(x @ p["w"] + p["b"]) @ p["v"]) ** 2), HALF)
+    assert report.dead_fraction[0] == 0.5
+
+
+def test_dead_units_of_a_layer_mapped_over_the_samples():
+    x = draw(1, 16, 8)
+    layer = lambda p, x: jax.nn.relu(p["w"].T @ x + p["b"][0])  # noqa: E731
+    report = vgrad.diagnose(lambda p: jnp.sum((jax.vmap(lambda x: layer(p, x))(x) @ p["v"]) ** 2), HALF)
+    assert report.dead_fraction[0] == 0.5
+
+
+def test_units_that_a_reshape_mixed_with_samples_are_not_counted():
+    x = draw(1, 12, 8)
+    report = vgrad.diagnose(lambda p: jnp.sum(jax.nn.relu((x @ p["w"] + p["b"]).reshape(8, 24)) ** 2), HALF)
+    assert report.activation[0] == "relu"
+    assert np.isnan(report.dead_fraction[0])
+    assert 0.5 <= report.saturated_fraction[0] <= 1
+
+
+def test_a_gate_on_another_half_is_no_silu():
+    x, params = draw(2, 64, 8), {"w": draw(0, 8, 16), "v": draw(1, 8, 2)}
+    report = vgrad.diagnose(lambda p: jnp.sum((jax.nn.glu(x @ p["w"]) @ p["v"]) ** 2), params)
+    gate = 1 / (1 + np.exp(-(x @ params["w"])[:, 8:].astype(np.float64)))
+    assert report.activation[0] == "sigmoid"
+    np.testing.assert_allclose(report.saturated_fraction[0], np.mean(gate * (1 - gate) < 0.1 / 4), atol=1e-6)
+    itself = vgrad.diagnose(lambda p: jnp.sum(((lambda z: z * jax.nn.sigmoid(z))(x @ p["w"])[:, :8] @ p["v"]) ** 2), params)
+    assert itself.activation[0] == "silu"
+
+
+def test_float16_weights_of_many_samples_that_agree():
+    x, w = jnp.full((8192, 4), 20, jnp.float16), jnp.full((4, 1), 0.1, jnp.float16)
+    report = vgrad.diagnose(lambda w: jnp.mean((x @ w).astype(jnp.float32)), w)
+    np.testing.assert_allclose(report.log_grad_w, np.log(40), atol=2e-3)

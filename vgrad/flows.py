@@ -9,7 +9,7 @@ The order is that of confidence: of the two operands of a matrix product, the hi
 
 from typing import NamedTuple
 
-__all__ = ["Flow", "Path", "either", "merged"]
+__all__ = ["Flow", "Path", "agreed", "either", "merged"]
 
 Path = tuple[int, ...]
 
@@ -25,7 +25,9 @@ class Flow(NamedTuple):
       depth: the number of sites on the longest way to it.
       tags: the sites it is the preactivation of, whatever shifts and norms came between.
       own: whether it is exactly the product, or the product and its bias.
-      acted: the activation that it is the value of, and of which sites.
+      units: its axes that count the units of those sites; None where a change of layout mixed them with others.
+      part: which part of the sites it is, where they were cut: the equations that cut, and the numbers of the outputs.
+      acted: the activation that it is the value of, and of which sites, and of which part of them.
       uniform: whether it is one number, broadcast.
     """
 
@@ -36,7 +38,9 @@ class Flow(NamedTuple):
     depth: int = 0
     tags: tuple[Path, ...] = ()
     own: bool = False
-    acted: tuple[str, tuple[Path, ...]] = ("", ())
+    units: tuple[int, ...] | None = None
+    part: Path = ()
+    acted: tuple[str, tuple[Path, ...], Path] = ("", (), ())
     uniform: bool = False
 
 
@@ -52,3 +56,11 @@ def either(f: Flow, g: Flow) -> Flow:
     """The flow of a value that is one or the other."""
     both = merged([f, g])
     return both._replace(leaf=f.leaf, rank=min(f.rank, g.rank)) if f.leaf == g.leaf else both._replace(data=True)
+
+
+def agreed(flows) -> dict:
+    """`units` and `part` of a value whose sites come from several, where they say the same of them."""
+    tagged = [f for f in flows if f.tags]
+    units, parts = ({getattr(f, name) for f in tagged} for name in ("units", "part"))
+    # Of two parts put together: neither of them, and no other's.
+    return {"units": units.pop() if len(units) == 1 else None, "part": parts.pop() if len(parts) == 1 else (-1,) * len(parts)}

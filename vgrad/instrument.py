@@ -50,7 +50,7 @@ def run(plan: Plan, jaxpr, values: list, probes: dict[Path, Array], zero: Array)
     """
     inside = frozenset(path[:k] for path in plan.sites for k in range(len(path)))
     phi_at: dict[Path, list[Path]] = {}
-    for site, (at, _, _) in plan.phi.items():
+    for site, (at, *_) in plan.phi.items():
         phi_at.setdefault(at, []).append(site)
     scope = _Scope(plan, inside, phi_at, probes, {"token": zero}, {}, [])
     out, _, _ = scope.walk(jaxpr, values, [False] * len(values), (), {})
@@ -139,10 +139,8 @@ class _Scope(NamedTuple):
         for path in self.plan.biased.get(here, ()):
             self.facts[path, "z"] = seen(out[0])
         for path in reads_phi:
-            _, operand, phi = self.plan.phi[path]
-            site = self.plan.sites[path]
-            z = xs[operand]
-            self.facts[path, "phi"] = flatness(phi, z, site.units if z.shape == site.shape else (z.ndim - 1,))
+            _, operand, phi, units = self.plan.phi[path]
+            self.facts[path, "phi"] = flatness(phi, xs[operand], units)
         derived = self.plan.derived.get(here)
         return out, hot, {} if derived is None else {0: Weights.derived(jaxpr, eqn, xs, weights, derived)}
 

@@ -17,7 +17,7 @@ from jax.extend import core
 
 __all__ = [
     "CHECKPOINTS", "INLINED", "LAYOUT", "PRODUCTS", "Weights", "activation", "bodies", "evaluate", "is_float", "is_literal",
-    "opened", "products", "split_operands", "units",
+    "moved", "opened", "products", "split_operands", "units",
 ]  # fmt: skip
 
 INLINED = {"jit", "pjit", "closed_call", "core_call"}
@@ -80,6 +80,39 @@ def units(eqn, operand: int, output: int) -> tuple[int, ...]:
     if eqn.primitive.name == "conv_general_dilated":
         return (eqn.params["dimension_numbers"].out_spec[1],)
     return (ndim - 1,) if ndim else ()
+
+
+def moved(eqn, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Where a layout equation puts these axes of its operand; None where it mixes them with others, or is not understood."""
+    name, old, new = eqn.primitive.name, eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+    if name == "transpose":
+        return tuple(j for j, a in enumerate(eqn.params["permutation"]) if a in axes)
+    if name == "broadcast_in_dim":
+        return tuple(sorted(eqn.params["broadcast_dimensions"][a] for a in axes))
+    if name in ("reshape", "expand_dims", "squeeze"):
+        return _regrouped(old, new, axes)
+    return axes if len(old) == len(new) and name != "gather" else None
+
+
+def _regrouped(old, new, axes):
+    """Where a reshape in row-major order puts these axes: the shapes fall into groups of equal size, from left to right."""
+    if 0 in old:
+        return None
+    i = j = 0
+    found = []
+    while i < len(old) and j < len(new):
+        first, second, left, right = i, j, old[i], new[j]
+        i, j = i + 1, j + 1
+        while left != right:
+            if left < right:
+                left, i = left * old[i], i + 1
+            else:
+                right, j = right * new[j], j + 1
+        inside = {a in axes for a in range(first, i) if old[a] != 1}
+        if len(inside) == 2:
+            return None
+        found += range(second, j) if inside == {True} else []
+    return tuple(found)
 
 
 def activation(eqn) -> str:

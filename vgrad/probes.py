@@ -45,18 +45,20 @@ def seen(z: Array) -> Array:
     return jnp.concatenate([n, jnp.ones(1, n.dtype)])
 
 
-def flatness(phi: str, z: Array, units: tuple[int, ...]) -> Array:
-    """Of the slopes phi'(z), [2]: the fraction of units, along these axes, where it is zero for all samples, and the fraction of
-    entries where it is below a tenth of its greatest. NaN for an activation that is not registered."""
+def flatness(phi: str, z: Array, units: tuple[int, ...] | None) -> Array:
+    """Of the slopes phi'(z), [2]: the fraction of units, along these axes, where it is zero for all samples, NaN if nobody knows
+    the axes; and the fraction of entries where it is below a tenth of its greatest. NaN for an activation not registered."""
     dtype = stats_dtype(z)
     if phi not in activations.REGISTRY or not z.size:
         return jnp.full(2, jnp.nan, dtype)
     known = activations.facts(phi)
     z = lax.stop_gradient(z)
     slope = jnp.abs(jax.jvp(known.phi, (z,), (jnp.ones_like(z),))[1])
+    flat = jnp.mean((slope < 0.1 * max(map(abs, known.slope_range))).astype(dtype))
+    if units is None:
+        return jnp.stack([jnp.full_like(flat, jnp.nan), flat])
     dead = jnp.all(slope == 0, axis=tuple(a for a in range(z.ndim) if a not in units))
-    flat = slope < 0.1 * max(map(abs, known.slope_range))
-    return jnp.stack([jnp.mean(dead.astype(dtype)), jnp.mean(flat.astype(dtype))])
+    return jnp.stack([jnp.mean(dead.astype(dtype)), flat])
 
 
 def of_turn_before(x: Array, before: bool, reverse: bool) -> Array:
@@ -85,6 +87,10 @@ def _probe_bwd(weights_vjp, cotangents):
     dtype = stats_dtype(c)
     zeros = jnp.mean((c == 0).astype(dtype)) if c.size else jnp.zeros((), dtype)
     grad_w = jnp.full(2, jnp.nan, dtype) if weights_vjp is None else norm_of(weights_vjp(c)[0]).astype(dtype)
+    if weights_vjp is not None and jnp.finfo(c.dtype).maxexp < 32:
+        # Of order 1 and summed over 10^4 samples they leave float16. A little smaller they do not, but some of them may underflow.
+        smaller = norm_of(weights_vjp(scale(c, jnp.asarray(-12, jnp.int32)))[0]).astype(dtype) * jnp.array([1, 2.0**12], dtype)
+        grad_w = jnp.where(jnp.isfinite(grad_w).all(), grad_w, smaller)
     return c, jnp.concatenate([norm_of(c), grad_w, jnp.stack([e.astype(dtype), zeros])]), e, None
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jax.ad_checkpoint import checkpoint_name
 
 from vgrad import jaxprs
-from vgrad.flows import Flow, Path, either, merged
+from vgrad.flows import Flow, Path, agreed, either, merged
 from vgrad.jaxprs import bodies, is_float, is_literal, opened, products
 
 __all__ = ["Plan", "Site", "analyse", "tap"]
@@ -75,7 +75,7 @@ class Plan(NamedTuple):
     Attributes:
       sites: the sites.
       biased: equation that adds the bias -> the sites whose preactivation is then complete.
-      phi: site -> (equation, its operand, name) of the activation behind it.
+      phi: site -> (equation, its operand, name, axes of the operand that count units) of the activation behind it.
       late: sites whose activation is that equation in the next turn of a loop -> the loop.
       derived: equations that compute something from parameters alone -> the operand that comes from the leaf to name.
       biases: the leaves that are added to a product.
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
 
     sites: dict[Path, Site]
     biased: dict[Path, tuple[Path, ...]]
-    phi: dict[Path, tuple[Path, int, str]]
+    phi: dict[Path, tuple[Path, int, str, tuple[int, ...] | None]]
     late: dict[Path, Path]
     derived: dict[Path, int]
     biases: set[int]
@@ -148,7 +148,7 @@ class _Walk(NamedTuple):
         if bodies(eqn) and any(products(b) for b in bodies(eqn)):
             return self.opaque(eqn, flows, here)
         if name in jaxprs.LAYOUT:
-            return [self.layout(eqn, flows, here)] * len(eqn.outvars)
+            return self.layout(eqn, flows, here)
         if name in ("concatenate", "stack") and all(f.rank == 3 for f in flows):
             return [self.joined(flows)]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
@@ -160,8 +160,10 @@ class _Walk(NamedTuple):
         self.plan.sites[here] = Site(
             here, kind, name, depth, operand, output, jaxprs.units(eqn, operand, output), aval.shape, aval.dtype, self.loops
         )
-        tags = (*out.tags, here) if kind == "tap" else (here,)
-        return out._replace(depth=depth, tags=tags, own=True, acted=("", ()), uniform=False)
+        tags, units, part = (here,), self.plan.sites[here].units, ()
+        if kind == "tap" and out.tags:
+            tags, units, part = (*out.tags, here), out.units, out.part
+        return out._replace(depth=depth, tags=tags, own=True, units=units, part=part, acted=("", (), ()), uniform=False)
 
     def product(self, eqn, flows, here):
         both = merged(flows)
@@ -192,7 +194,7 @@ class _Walk(NamedTuple):
         body, consts = opened(bodies(eqn)[0])
         num_consts, num_carry = jaxprs.split_operands(eqn, body)
         base = max([0, *(f.depth for f in flows)])
-        plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", ()), uniform=False)  # noqa: E731
+        plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", (), ()), uniform=False)  # noqa: E731
         inner = [plain(f) for f in flows]
         carry = slice(num_consts, num_consts + num_carry)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
@@ -209,7 +211,7 @@ class _Walk(NamedTuple):
         out = self._replace(loops=loops).walk(body, [Flow()] * len(consts), inner, here)
         # A block that starts with its activation meets the preactivations of the iteration before, or of before the loop.
         before = zip(flows[carry], inner[carry], out[:num_carry], strict=True)
-        inner[carry] = [f._replace(tags=(*first.tags, *last.tags)) for first, f, last in before]
+        inner[carry] = [f._replace(tags=(*first.tags, *last.tags), **agreed([first, last])) for first, f, last in before]
         scratch.walk(body, [Flow()] * len(consts), inner, here)
         for site, phi in scratch.plan.phi.items():
             if site not in self.plan.phi:
@@ -218,7 +220,7 @@ class _Walk(NamedTuple):
         return [plain(f)._replace(depth=f.depth + step * (length - 1)) for f in out]
 
     def cond(self, eqn, flows, here):
-        plain = lambda f: f._replace(tags=(), own=False, acted=("", ()))  # noqa: E731
+        plain = lambda f: f._replace(tags=(), own=False, acted=("", (), ()))  # noqa: E731
         every = []
         for k, branch in enumerate(bodies(eqn)):
             body, consts = opened(branch)
@@ -228,14 +230,19 @@ class _Walk(NamedTuple):
             out = [either(f, g) for f, g in zip(out, other, strict=True)]
         return [plain(f)._replace(data=f.data or flows[0].data) for f in out]
 
-    def layout(self, eqn, flows, here):
+    def layout(self, eqn, flows, here) -> list[Flow]:
         f, name = flows[0], eqn.primitive.name
         if any(g.data for g in flows[1:]) or (name == "gather" and math.prod(eqn.invars[1].aval.shape[:-1]) > 1):
             f = f._replace(rank=min(f.rank, 1), data=f.data or any(g.data for g in flows[1:]))
         if f.deps and name not in ("slice", "dynamic_slice", "split", "unstack") and (f.rank or not f.data):
             self.plan.derived[here] = 0
         uniform = f.uniform or math.prod(eqn.invars[0].aval.shape) == 1
-        return f._replace(depth=max(g.depth for g in flows), uniform=uniform)
+        f = f._replace(depth=max(g.depth for g in flows), uniform=uniform)
+        if f.units is not None:
+            f = f._replace(units=jaxprs.moved(eqn, f.units))
+        if name in ("slice", "dynamic_slice", "split", "unstack", "gather"):
+            return [f._replace(part=(*f.part, *here, j)) for j in range(len(eqn.outvars))]
+        return [f] * len(eqn.outvars)
 
     def joined(self, flows):
         """Weights put together from several leaves: queries, keys and values in one, or a list of layers to be scanned over."""
@@ -269,17 +276,17 @@ class _Walk(NamedTuple):
             if own and bias[0].leaf >= 0:
                 self.plan.biased[here] = tags
                 self.plan.biases.add(bias[0].leaf)
-        acted = next((f.acted for k, f in enumerate(flows) if f.acted[0] and k in same), ("", ()))
-        if acted[0]:
-            tagged = [k for k in same if flows[k].tags and set(flows[k].tags) & set(acted[1])]
+        acted = next((f.acted for k, f in enumerate(flows) if f.acted[0] and k in same), ("", (), ()))
+        if acted[0]:  # a gate that looks at another part of the product is no such activation
+            tagged = [k for k in same if set(flows[k].tags) & set(acted[1]) and flows[k].part == acted[2]]
             if eqn.primitive.name == "mul" and tagged and acted[0] in _GATED:
                 return self.activated(eqn, flows, here, tagged[0], _GATED[acted[0]], upgrade=True)[0]
-        return both._replace(tags=tags, own=own, acted=acted)
+        return both._replace(tags=tags, own=own, acted=acted, **agreed([flows[k] for k in same]))
 
     def activated(self, eqn, flows, here, operand, name, *, upgrade=False):
         """Records that `name` is what acts on the sites of an operand, unless another activation came first."""
         tags = flows[operand].tags
         for site in tags:
             if upgrade or site not in self.plan.phi:
-                self.plan.phi[site] = (here, operand, name)
-        return [merged(flows)._replace(data=True, acted=(name, tags))] * len(eqn.outvars)
+                self.plan.phi[site] = (here, operand, name, flows[operand].units)
+        return [merged(flows)._replace(data=True, acted=(name, tags, flows[operand].part))] * len(eqn.outvars)
