@@ -346,3 +346,28 @@ def test_a_block_of_plain_operations_says_how_to_be_one():
     with pytest.raises(TypeError) as caught:
         vgrad.profile(net, PARAMS, (X, LABELS), loss=losses.cross_entropy)
     assert "vgrad.layers" in "".join(caught.value.__notes__)
+
+
+def test_bfloat16_reads_what_bfloat16_can_tell():
+    net = vgrad.mlp(8, "tanh", 4, 3, sigma_w=1.5)
+    params = jax.tree.map(lambda a: a.astype(jnp.bfloat16), jax.jit(net.init, static_argnums=1)(jax.random.key(0), 5))
+    x, labels = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4)), jnp.bfloat16), np.array([0, 1, 2])
+    read = vgrad.profile(net, params, (x, labels), loss=losses.cross_entropy).log_grad_w[0]
+    wide = jax.tree.map(lambda a: a.astype(jnp.float32), (params, x))
+    exact = jax.grad(lambda p: losses.cross_entropy(net.forward(p, wide[1]), labels))(wide[0])
+    exact = [exact.embed.w, *exact.hidden.w, exact.readout.w]
+    np.testing.assert_allclose(read.astype(np.float32), [np.log(np.linalg.norm(g)) for g in exact], atol=0.05)
+
+
+def test_what_cancels_below_rounding_is_nan():
+    """Two samples that saturation made equal, and a loss that looks at their difference alone."""
+    net = vgrad.mlp(64, "sigmoid", 7, 5)
+    params = jax.jit(net.init, static_argnums=1)(jax.random.key(0), 8)
+    x = np.random.default_rng(0).standard_normal((2, 7), np.float32)
+    read = vgrad.profile(net, params, (x, 0), loss=lambda y, t: jnp.mean((y[0] - y[1]) ** 2))
+    exact = jax.grad(lambda p: jnp.mean(jnp.square(jnp.diff(net.forward(p, x), axis=0))))(params)
+    exact = [exact.embed.w, *exact.hidden.w, exact.readout.w]
+    known = np.isfinite(read.log_grad_w[0])
+    assert known[0]
+    assert not known.all()
+    np.testing.assert_allclose(read.log_grad_w[0][known], np.log([np.linalg.norm(g) for g in exact])[known], atol=0.02)

@@ -90,10 +90,13 @@ class Profile(NamedTuple):
     batch, with the same shape [..., D, L] (leading axes P, S where a sweep adds them).
 
     NaN past a network's last layer (l > depth), and where a NaN or inf in the input or the parameters reached the reading;
-    -inf where a norm is exactly zero.
+    -inf where a norm is exactly zero. `log_grad_w` is NaN, too, where what the samples of a batch add to dJ/dW_l cancels to less
+    than 64 eps of its square: with fewer samples than units its norm is a sum over Gram matrices, which then is rounding noise.
 
     Attributes:
-      log_delta: ln ||delta_l||, delta_l = dJ/dz_l.
+      log_delta: ln ||delta_l||, delta_l = dJ/dz_l, with z_l the output of the layer's affine map plus what is added to it. In a
+        block of your own that goes on to multiply or to normalise it, that is not the block's output: the factor 0.1 of a branch
+        z + 0.1 f(z) is part of delta_l in the hidden layers, and so of its step to the readout.
       log_grad_w: ln ||dJ/dW_l||.
       log_grad_b: ln ||dJ/db_l||.
       log_h: ln ||h_l||, what layer l + 1 multiplies by its weights; at the last layer ln ||z_L||.

@@ -93,7 +93,8 @@ def _probed_dot_fwd(precision, *args):
     m, k, w, probe = (a.value for a in args)
     # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
     # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
-    by_gram = m.shape[0] < min(w.shape)
+    # In 16 bits the Gram matrices would be noise: there it is formed too.
+    by_gram = m.shape[0] < min(w.shape) and jnp.finfo(m.dtype).bits >= 32
     seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
     # Of data nobody asks for the cotangent, and it may be far wider than the layers.
     behind = w if asked else w[:0]
