@@ -313,17 +313,6 @@ def test_ctrl_c_in_a_distributed_run_is_no_success(times, tmp_path, capsys, monk
     assert len(list(tmp_path.glob("study.chunks/*.npz"))) == 2 - times
 
 
-def test_processes_that_cannot_meet_are_told_what_to_give(tmp_path, capsys, monkeypatch):
-    def nowhere(*_):
-        raise ValueError("coordinator_address should be defined.")
-
-    monkeypatch.setattr(jax.distributed, "initialize", nowhere)
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["study", *OPTIONS.split(), "--distributed", "--out", str(tmp_path)])
-    assert stopped.value.code == 2
-    assert "give --coordinator host:port, --num-processes and --process-id" in capsys.readouterr().err
-
-
 def test_a_study_that_never_began_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="did you mean"):
         run(tmp_path / "store", CONFIG.__class__(phi=("tahn",)))

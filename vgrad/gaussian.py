@@ -7,9 +7,7 @@ of f, and on each piece [a, b] the trapezoidal rule runs in t,
 
 whose nodes crowd toward both ends on a logarithmic scale. So a feature of f at a cut is resolved whatever its width: tanh has the
 width 1/sqrt(q) in y, and it makes no difference whether q is 1e-12 or 1e+6. Gauss-Hermite, with its nodes spread evenly, sees a
-step there and is off by percents at q = 100. Kinks cost nothing as long as they are declared, nor do jumps for one variable. Of
-pairs, `expect_pair` takes jumps too, but `series`, and so the maps of c, only those of phi': where phi itself jumps, these are good
-to some percent.
+step there and is off by percents at q = 100. Declared kinks cost nothing, nor do jumps, save of phi in a `series`: percents.
 
 Correlated pairs of one activation have a series in the Hermite coefficients a_k(q) = E[phi(sqrt(q) y) He_k(y)] / sqrt(k!),
 
