@@ -11,6 +11,7 @@ import pytest
 import vgrad
 from vgrad import Params, layers, losses
 from vgrad.profile import read
+from vgrad.scaled import Scaled, lift
 
 BATCH = 16
 X = np.random.default_rng(9).standard_normal((BATCH, 7), np.float32)
@@ -173,6 +174,45 @@ def test_the_attribution_adds_up():
     for i, d in enumerate(DEPTHS):
         np.testing.assert_allclose((prof.log_gain_w + prof.log_gain_phi)[i, : d - 1], change[i, : d - 1], atol=1e-5)
         assert np.isnan(prof.log_gain_w[i, d - 1])
+
+
+# What stands behind the affine map, and a tap t [B, N] on what the map takes in: blocks of one's own, as functions of both.
+BLOCKS = {
+    "branch": lambda p, z, t: z + 0.1 * layers.affine(p, layers.activate(jnp.tanh, z) + t),
+    "gain of each unit": lambda p, z, t: layers.affine(p, layers.activate(jnp.tanh, z) + t) * np.float32([np.r_[0.1, 1:8]]),
+    "normalised": lambda p, z, t: layers.normalise(z + layers.affine(p, layers.activate(jnp.tanh, z) + t)),
+    "activated": lambda p, z, t: layers.activate(jnp.tanh, layers.affine(p, z + t)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_delta_is_that_of_the_output_of_the_layer_whatever_it_does_behind_its_weights(name):
+    """dJ/dz_l and dJ/dh_l, through the weights alone, by `jax.grad` of what stands above."""
+    tapped, none = BLOCKS[name], np.zeros((BATCH, 8), np.float32)
+    own = lambda p, z: tapped(p, z, lift(none) if isinstance(z, Scaled) else none)  # noqa: E731
+    net = vgrad.stack(NET.embed, NET.block._replace(apply=own), NET.readout)
+    prof = read_off(net=net, depths=None)
+
+    @jax.jit
+    def by_grad(params):
+        """Norms of dJ/dz_l, l = 1..6, and of dJ by what layers 2..6 take in."""
+        zs, hidden = [net.embed.apply(params.embed, X)], [jax.tree.map(lambda p, i=i: p[i], params.hidden) for i in range(5)]
+        for p in hidden:
+            zs.append(own(p, zs[-1]))
+
+        def J(z, t, i):
+            for p in hidden[i:]:
+                z, t = tapped(p, z, t), none
+            return losses.cross_entropy(net.readout.apply(params.readout, z), LABELS)
+
+        size = lambda g: jnp.log(jnp.linalg.norm(g))  # noqa: E731
+        delta = [size(jax.grad(J)(z, none, i)) for i, z in enumerate(zs)]
+        return jnp.array(delta), jnp.array([size(jax.grad(J, 1)(z, none, i)) for i, z in enumerate(zs[:5])])
+
+    delta, delta_in = map(np.asarray, by_grad(PARAMS))
+    np.testing.assert_allclose(prof.log_delta[0, :6], delta, atol=1e-5)
+    np.testing.assert_allclose(prof.log_gain_w[0, :5], delta_in - delta[1:], atol=1e-5)
+    np.testing.assert_allclose(prof.log_gain_phi[0, :5], delta[:5] - delta_in, atol=1e-5)
 
 
 def test_depths_in_one_pass_equal_separate_networks():

@@ -286,6 +286,26 @@ def test_shapes_of_a_sum_broadcast():
     assert exact(s) == [Fraction(2) ** 200 * v for v in (3, 7)] * 3
 
 
+@pytest.mark.parametrize("factor", [0.1, 3e38, 1e-30, np.float32(-0.3), np.float32([2.0, 0.0, 1e-9])])
+@pytest.mark.parametrize("k", [0, -7, 3000])
+def test_a_multiple_is_that_of_the_value_from_either_side(factor, k):
+    x = canonical(make([1.5, -3e4, 7e-3], k))
+    for ours in (scaled.times(x, factor), factor * x, x * factor, jnp.asarray(factor) * x):
+        assert all(
+            abs(a - Fraction(float(f)) * b) <= Fraction(1, 2**21) * abs(Fraction(float(f)) * b)
+            for a, b, f in zip(exact(ours), exact(x), np.broadcast_to(np.float32(factor), 3), strict=True)
+        )
+        assert exact(canonical(ours)) == exact(ours)
+        assert int(canonical(ours).k) == int(ours.k)
+
+
+def test_a_multiple_by_inf_is_nan_and_its_cotangent_is_that_of_the_value():
+    assert np.isnan(scaled.times(make([1.0, 2.0], 5), np.float32([np.inf, np.nan])).m).all()
+    m = np.float32([1.0, 2.0])
+    value = lambda m: jnp.sum(scaled.times(scaled.lift(m), 1e20).m)  # noqa: E731
+    np.testing.assert_allclose(jax.grad(value)(m), [1e20, 1e20], rtol=1e-6)
+
+
 def test_nan_stays_nan_and_in_its_own_entry():
     s = jax.device_get(add(make([np.nan, 1.0], 0), make([1.0, 1.0], 0)))
     assert np.isnan(s.m[0])

@@ -39,8 +39,8 @@ class Block(NamedTuple):
     """One layer of a network: the protocol that everything downstream is written over.
 
     Blocks hand on the preactivation z: a plain one is z -> phi(z) @ w + b. `apply` is built from the operations in `vgrad.layers`
-    (`affine`, `activate`, `normalise`, `+`, or `plain` around anything else) and holds exactly one `Affine`; then the instrument
-    can follow it at any range.
+    (`affine`, `activate`, `normalise`, `+`, `*` by a number or parameter, or `plain` around anything else) and holds exactly one
+    `Affine`; then the instrument can follow it at any range.
 
     Attributes:
       init: key -> parameters, a pytree with one `Affine` in it.
@@ -94,16 +94,15 @@ class Profile(NamedTuple):
     than 64 eps of its square: with fewer samples than units its norm is a sum over Gram matrices, which then is rounding noise.
 
     Attributes:
-      log_delta: ln ||delta_l||, delta_l = dJ/dz_l, with z_l the output of the layer's affine map plus what is added to it. In a
-        block of your own that goes on to multiply or to normalise it, that is not the block's output: the factor 0.1 of a branch
-        z + 0.1 f(z) is part of delta_l in the hidden layers, and so of its step to the readout.
+      log_delta: ln ||delta_l||, delta_l = dJ/dz_l, with z_l the output of the layer: what the next one takes in.
       log_grad_w: ln ||dJ/dW_l||.
       log_grad_b: ln ||dJ/db_l||.
       log_h: ln ||h_l||, what layer l + 1 multiplies by its weights; at the last layer ln ||z_L||.
-      log_gain_w: ln ||W_{l+1}^T delta_{l+1}|| - ln ||delta_{l+1}||: of the step from layer l+1 down to l, the weights' part.
-        NaN at the last layer, which has no layer above it.
-      log_gain_phi: ln ||delta_l|| - ln ||W_{l+1}^T delta_{l+1}||: the rest of the same step; phi' in a plain network, with
-        the skip connection or the normalisation in a block that has one. The two add up to the change of `log_delta`.
+      log_gain_w: ln ||W_{l+1}^T d_{l+1}|| - ln ||delta_{l+1}||: of the step from layer l+1 down to l, the weights' part. d is dJ
+        by the output of the affine map: delta itself, unless the block goes on to multiply or normalise that output, which then
+        counts with the weights, as the 0.1 in z + 0.1 f(z) does. NaN at the last layer, which has no layer above it.
+      log_gain_phi: ln ||delta_l|| - ln ||W_{l+1}^T d_{l+1}||: the rest of the same step; phi' in a plain network, with the skip
+        connection or the normalisation in a block that has one. The two add up to the change of `log_delta`.
     """
 
     log_delta: Any

@@ -191,7 +191,7 @@ def readout(net: Network, params, z: Scaled, loss: Callable):
     y, vjp = linearise(net.readout, params, z)
     lane = _loss_cotangent(lambda y: loss(net.output(y)), y)
     norms, c = vjp(lane.c)
-    return _rescaled(c, lane.e), carry(norms[None], lane.e[None])[0], jnp.stack(norm(y))
+    return _rescaled(c, lane.e), carry(norms, lane), jnp.stack(norm(y))
 
 
 def descend(lanes: Lanes, entries, stack: Stack):
@@ -235,12 +235,12 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
         return Lanes(jnp.where(enters[:, None, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
     def layer(l, first, kept, state):
-        (c, e), read = state
-        norms, c = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(c)
+        (above, e), read = state
+        norms, c = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(above)
         # A lane with NaN has none but NaN below, in any case. Said by its norm, so that the norms come before the new c, which can
         # then take the old one's memory: else c is copied at every layer.
         c = jnp.where(jnp.isnan(norms[:, :1, :1]), jnp.nan, c)
-        read = lax.dynamic_update_index_in_dim(read, carry(norms, e), l, 0)
+        read = lax.dynamic_update_index_in_dim(read, jax.vmap(carry)(norms, Lanes(above, e)), l, 0)
         return change_if(unsettled(l, c), partial(settle, l), Lanes(c, e)), read
 
     def segment(s, state):
@@ -254,9 +254,15 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
     return lax.fori_loop(0, highest - lowest, lambda i, state: segment(highest - 1 - i, state), state)
 
 
-def carry(norms, e):
-    """Norms [D, 5, 2] that were read on lanes of exponent e: all but the last belong to the cotangent."""
-    return norms + e[:, None, None].astype(norms.dtype) * jnp.asarray([[[0, 1]] * 4 + [[0, 0]]], norms.dtype)
+def carry(norms, lane: Lanes):
+    """The norms [5, 2] of a layer whose probe read so many on one lane, the cotangent of the layer's output, in units of its c.
+
+    All but the last belong to the cotangent. The probe's delta is that of the affine map's own output: what the layer goes on to
+    do to it, a factor or a normalisation, is part of the step down, so the delta of the layer is read off the lane.
+    """
+    e = lane.e.astype(norms.dtype)
+    delta = jnp.stack([sumsq(lane.c), e])[None]
+    return jnp.concatenate([delta, norms[1:] + e * jnp.asarray([[0, 1]] * 3 + [[0, 0]], norms.dtype)])
 
 
 def _at(tree, l):

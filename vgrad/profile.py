@@ -29,7 +29,7 @@ class Readings(NamedTuple):
 
     Attributes:
       delta, grad_w, grad_b: norms of dJ/dz_l, dJ/dW_l, dJ/db_l.
-      delta_in: norm of W_l^T delta_l, the cotangent of what layer l took in; 0 at l = 1, which took in data.
+      delta_in: norm of dJ by what W_l multiplies, through W_l alone; 0 at l = 1, which multiplies data.
       h: norm of h_l, the input of layer l + 1; at the last layer of z_L.
     """
 
@@ -130,7 +130,7 @@ def read(
         lanes, norms = descend(lanes, entries, below)
         (first,) = jax.vmap(embed_vjp)(lanes.c)
         # One row per layer; in row d of the network of depth d stands its readout.
-        norms = jnp.concatenate([carry(first, lanes.e)[None], norms, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
+        norms = jnp.concatenate([jax.vmap(carry)(first, lanes)[None], norms, jnp.zeros_like(first)[None]]).swapaxes(0, 1)
         norms = jnp.where(is_top[:, :, None, None], top[:, None], norms)
         # h_l is the input of layer l + 1; at the last layer stands z_L.
         h = jnp.where(is_top[:, :, None], z_top[:, None], jnp.roll(norms[:, :, 4], -1, axis=1))

@@ -43,6 +43,7 @@ __all__ = [
     "shift",
     "sumsq",
     "tidy",
+    "times",
     "unit",
 ]
 
@@ -60,8 +61,15 @@ class Scaled:
     m: Array
     k: Array
 
+    __array_ufunc__ = None  # or NumPy would take `factor * x` for a matter of arrays of objects
+
     def __add__(self, other: "Scaled") -> "Scaled":
         return add(self, other)
+
+    def __mul__(self, factor: Any) -> "Scaled":
+        return times(self, factor)
+
+    __rmul__ = __mul__
 
 
 class LogNorm(NamedTuple):
@@ -172,6 +180,12 @@ def add(x: Scaled, y: Scaled) -> Scaled:
     """x + y in standard units; shapes broadcast."""
     k = _units(jnp.maximum(_top(x), _top(y)), x.m.dtype)
     return Scaled(_in_units(x, k).m + _in_units(y, k).m, k)
+
+
+def times(x: Scaled, factor: Any) -> Scaled:
+    """factor * x in standard units, for a number or an array that broadcasts against x. NaN for what is not finite."""
+    e = unit(x.m)
+    return canonical(Scaled(bare(shift(x.m, -e) * factor).m, x.k + e))
 
 
 _NONE = -(2**30)  # the "exponent" of zero: below all others, so that a zero never sets the units of a sum
