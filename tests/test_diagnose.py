@@ -542,6 +542,58 @@ def test_dead_units_of_a_layer_mapped_over_the_samples():
     assert report.dead_fraction[0] == 0.5
 
 
+# Four experts of 16 units on 16 samples each; of the first all units are dead, of the second half of them.
+EXPERTS = {"w": draw(0, 4, 8, 16), "b": np.zeros((4, 1, 16), np.float32), "v": draw(1, 4, 16, 2)}
+EXPERTS["b"][0], EXPERTS["b"][1, :, :8] = -100, -100
+FOUR = draw(2, 4, 16, 8)
+
+
+def mlp_of(p, x):
+    return jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"]
+
+
+def over_stacked_layers(p):
+    """Two times the layer of all experts, in a loop over both."""
+    twice = {k: jnp.stack([p[k], p[k]]) for k in ("w", "b")}
+    layer = lambda h, q: (h + jax.nn.relu(h @ q["w"] + q["b"])[:, :, 8:], None)  # noqa: E731
+    return jax.lax.scan(layer, FOUR, twice)[0]
+
+
+@pytest.mark.parametrize(
+    "experts",
+    [
+        lambda p: jax.vmap(mlp_of)(p, FOUR),
+        lambda p: jax.vmap(mlp_of, in_axes=(0, None))(p, FOUR[0]),
+        lambda p: jax.nn.relu(jnp.einsum("ebi,eio->beo", FOUR, p["w"]) + p["b"][:, 0][None]) @ p["v"][0],
+        lambda p: jax.vmap(mlp_of)(p | {"w": p["w"] / jnp.linalg.norm(p["w"], axis=1, keepdims=True)}, FOUR),
+        lambda p: jax.vmap(mlp_of)({k: jnp.stack(list(v)) for k, v in p.items()}, FOUR),
+        over_stacked_layers,
+    ],
+    ids=["mapped", "the same data", "einsum", "normalised", "a list", "in a loop"],
+)
+def test_every_expert_has_units_of_its_own(experts):
+    report = vgrad.diagnose(lambda p: jnp.sum(experts(p) ** 2), EXPERTS)
+    np.testing.assert_allclose(report.dead_fraction[0], (1 + 1 / 2) / 4)
+    assert report.num_units[0] == 64
+
+
+@pytest.mark.parametrize("many", [lambda w: jnp.broadcast_to(w, (16, *w.shape)), lambda w: 2 * jnp.tile(w[None], (16, 1, 1))])
+def test_weights_broadcast_to_the_samples_have_the_units_of_one(many):
+    x = draw(1, 16, 8)
+    z = lambda p: jnp.einsum("bi,bio->bo", x, many(p["w"])) + p["b"]  # noqa: E731
+    report = vgrad.diagnose(lambda p: jnp.sum((jax.nn.relu(z(p)) @ p["v"]) ** 2), HALF)
+    assert report.dead_fraction[0] == 0.5
+    assert report.num_units[0] == 16
+
+
+def test_weights_looked_up_by_data_are_of_their_samples():
+    p, x, which = EXPERTS, draw(1, 16, 8), np.arange(16) % 4
+    loss = lambda p, which: jnp.sum(jax.nn.relu(jnp.einsum("bi,bio->bo", x, p["w"][which]) + p["b"][1]) ** 2)  # noqa: E731
+    report = vgrad.diagnose(loss, p, which)
+    assert report.num_units[0] == 16
+    assert report.dead_fraction[0] == 0.5
+
+
 def test_units_that_a_reshape_mixed_with_samples_are_not_counted():
     x = draw(1, 12, 8)
     report = vgrad.diagnose(lambda p: jnp.sum(jax.nn.relu((x @ p["w"] + p["b"]).reshape(8, 24)) ** 2), HALF)

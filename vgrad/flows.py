@@ -9,7 +9,7 @@ The order is that of confidence: of the two operands of a matrix product, the hi
 
 from typing import NamedTuple
 
-__all__ = ["Flow", "Path", "agreed", "either", "merged"]
+__all__ = ["Flow", "Path", "agreed", "either", "merged", "of_turn"]
 
 Path = tuple[int, ...]
 
@@ -25,7 +25,8 @@ class Flow(NamedTuple):
       depth: the number of sites on the longest way to it.
       tags: the sites it is the preactivation of, whatever shifts and norms came between.
       own: whether it is exactly the product, or the product and its bias.
-      units: its axes that count the units of those sites; None where a change of layout mixed them with others.
+      units: its axes that count the units of those sites, or of a view of a leaf those along which it was not broadcast; None where
+        a change of layout mixed them with others.
       part: which part of the sites it is, where they were cut: the equations that cut, and the numbers of the outputs.
       acted: the activation that it is the value of, and of which sites, and of which part of them.
       uniform: whether it is one number, broadcast.
@@ -42,6 +43,11 @@ class Flow(NamedTuple):
     part: Path = ()
     acted: tuple[str, tuple[Path, ...], Path] = ("", (), ())
     uniform: bool = False
+
+
+def of_turn(f: Flow) -> Flow:
+    """The flow of what one turn of a loop gets of a value that the loop goes over."""
+    return f._replace(units=None if f.units is None else tuple(a - 1 for a in f.units if a))
 
 
 def merged(flows) -> Flow:

@@ -26,7 +26,7 @@ PRODUCTS = {"dot_general": "dot", "ragged_dot": "dot", "ragged_dot_general": "do
 # What moves entries, and computes nothing from them.
 LAYOUT = {
     "broadcast_in_dim", "convert_element_type", "copy", "dynamic_slice", "expand_dims", "gather", "name", "pad", "reduce_precision",
-    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "transpose", "unstack",
+    "reshape", "reshard", "rev", "sharding_constraint", "slice", "split", "squeeze", "tile", "transpose", "unstack",
 }  # fmt: skip
 _NONLINEAR = {"tanh": "tanh", "logistic": "sigmoid", "erf": "erf", "erfc": "erf", "sin": "sin"}
 _NAMED = {"elu", "gelu", "hard_tanh", "leaky_relu", "relu", "relu6", "selu", "sigmoid", "silu", "softplus", "celu", "mish"}
@@ -69,14 +69,17 @@ def split_operands(eqn, body) -> tuple[int, int]:
     return len(eqn.invars) - num_carry - extra(eqn.invars, body.invars), num_carry
 
 
-def units(eqn, operand: int, output: int) -> tuple[int, ...]:
-    """The axes of an output that count units: those that come from the weights."""
+def units(eqn, operand: int, output: int, own: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes of an output that count units: those that come from the weights.
+
+    Of axes that are the data's as well, those in `own`, along which the weights are not broadcast: experts, members of an ensemble.
+    """
     ndim = len(eqn.outvars[output].aval.shape)
     if eqn.primitive.name == "dot_general":
         contracted, batched = eqn.params["dimension_numbers"]
         free = len(eqn.invars[operand].aval.shape) - len(contracted[0]) - len(batched[0])
         first = len(batched[0]) if operand == 0 else ndim - free
-        return tuple(range(first, first + free))
+        return (*(j for j, a in enumerate(batched[operand]) if a in own), *range(first, first + free))
     if eqn.primitive.name == "conv_general_dilated":
         return (eqn.params["dimension_numbers"].out_spec[1],)
     return (ndim - 1,) if ndim else ()
@@ -88,7 +91,13 @@ def moved(eqn, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     if name == "transpose":
         return tuple(j for j, a in enumerate(eqn.params["permutation"]) if a in axes)
     if name == "broadcast_in_dim":
-        return tuple(sorted(eqn.params["broadcast_dimensions"][a] for a in axes))
+        to = eqn.params["broadcast_dimensions"]
+        return tuple(to[a] for a in axes if old[a] == new[to[a]])
+    if name == "unstack":
+        axis = eqn.params["axis"]
+        return tuple(a - (a > axis) for a in axes if a != axis)
+    if name == "tile" and len(old) == len(new):
+        return tuple(a for a in axes if old[a] > 1 or new[a] == 1)
     if name in ("reshape", "expand_dims", "squeeze"):
         return _regrouped(old, new, axes)
     return axes if len(old) == len(new) and name != "gather" else None

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from jax.ad_checkpoint import checkpoint_name
 
 from vgrad import jaxprs
-from vgrad.flows import Flow, Path, agreed, either, merged
+from vgrad.flows import Flow, Path, agreed, either, merged, of_turn
 from vgrad.jaxprs import bodies, is_float, is_literal, opened, products
 
 __all__ = ["Plan", "Site", "analyse", "tap"]
@@ -99,10 +99,14 @@ def analyse(closed, leaves: list[str]) -> Plan:
     """Finds the sites of a traced function whose first arguments are the parameter leaves of these names."""
     plan, leaves = _empty(), list(leaves)
     jaxpr, consts = opened(closed)
-    flows = [Flow(leaf=i, rank=3, deps=1 << i) for i in range(len(leaves))]
+    flows = [Flow(leaf=i, rank=3, deps=1 << i, units=_axes(v)) for i, v in zip(range(len(leaves)), jaxpr.invars, strict=False)]
     flows += [Flow(data=True)] * (len(jaxpr.invars) - len(leaves))
     out = _Walk(plan, leaves, ()).walk(jaxpr, [Flow()] * len(consts), flows, ())
     return plan._replace(used=out[0].deps)
+
+
+def _axes(v) -> Path:
+    return tuple(range(len(v.aval.shape)))
 
 
 def _empty() -> Plan:
@@ -150,17 +154,18 @@ class _Walk(NamedTuple):
         if name in jaxprs.LAYOUT:
             return self.layout(eqn, flows, here)
         if name in ("concatenate", "stack") and all(f.rank == 3 for f in flows):
-            return [self.joined(flows)]
+            return [self.joined(flows)._replace(units=_axes(eqn.outvars[0]))]
         return [self.elementwise(eqn, flows, here, v) for v in eqn.outvars]
 
     def site(self, eqn, flows, here, kind, name, operand, output, out: Flow) -> Flow:
         """Records a site and returns the flow of its output."""
         depth = 1 + max(f.depth for f in flows)
         aval = eqn.outvars[output].aval
-        self.plan.sites[here] = Site(
-            here, kind, name, depth, operand, output, jaxprs.units(eqn, operand, output), aval.shape, aval.dtype, self.loops
-        )
-        tags, units, part = (here,), self.plan.sites[here].units, ()
+        # Of weights looked up by data every sample has its own.
+        own = (flows[operand].rank > 1 and flows[operand].units) or ()
+        units = jaxprs.units(eqn, operand, output, own)
+        self.plan.sites[here] = Site(here, kind, name, depth, operand, output, units, aval.shape, aval.dtype, self.loops)
+        tags, part = (here,), ()
         if kind == "tap" and out.tags:
             tags, units, part = (*out.tags, here), out.units, out.part
         return out._replace(depth=depth, tags=tags, own=True, units=units, part=part, acted=("", (), ()), uniform=False)
@@ -196,6 +201,7 @@ class _Walk(NamedTuple):
         base = max([0, *(f.depth for f in flows)])
         plain = lambda f: f._replace(depth=base, tags=(), own=False, acted=("", (), ()), uniform=False)  # noqa: E731
         inner = [plain(f) for f in flows]
+        inner[num_consts + num_carry :] = map(of_turn, inner[num_consts + num_carry :])
         carry = slice(num_consts, num_consts + num_carry)
         length, reverse = eqn.params["length"], eqn.params["reverse"]
         self.plan.stacked.update(f.leaf for f in flows[num_consts + num_carry :] if f.rank)
@@ -265,7 +271,8 @@ class _Walk(NamedTuple):
             and all(k == leaf or not f.data or f.uniform or math.prod(shape(k)) == 1 for k, f in enumerate(flows))
         ):
             self.plan.derived[here] = leaf
-            both = both._replace(leaf=flows[leaf].leaf, rank=2, data=False)
+            units = {a for k in same if flows[k].rank for a in flows[k].units or ()}
+            both = both._replace(leaf=flows[leaf].leaf, rank=2, data=False, units=tuple(sorted(units)))
         elif both.deps and not both.data:
             self.plan.derived[here] = next(k for k, f in enumerate(flows) if f.deps)
         tags = tuple(dict.fromkeys(t for k in same for t in flows[k].tags))
@@ -281,7 +288,7 @@ class _Walk(NamedTuple):
             tagged = [k for k in same if set(flows[k].tags) & set(acted[1]) and flows[k].part == acted[2]]
             if eqn.primitive.name == "mul" and tagged and acted[0] in _GATED:
                 return self.activated(eqn, flows, here, tagged[0], _GATED[acted[0]], upgrade=True)[0]
-        return both._replace(tags=tags, own=own, acted=acted, **agreed([flows[k] for k in same]))
+        return both._replace(tags=tags, own=own, acted=acted, **(agreed([flows[k] for k in same]) if tags else {}))
 
     def activated(self, eqn, flows, here, operand, name, *, upgrade=False):
         """Records that `name` is what acts on the sites of an operand, unless another activation came first."""
