@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 # import those of an earlier one.
 LEVELS = [
     [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
-    [{"layers", "losses"}, {"network"}],
+    [{"gram"}, {"layers", "losses"}, {"network"}],
     [
         {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction", "nested"},
         {"meanfield"}, {"lanes"}, {"backprop", "profile", "jacobian"},

@@ -216,6 +216,22 @@ def test_a_gram_sum_lost_in_rounding_is_nan_and_the_direct_one_a_reading():
         assert np.isfinite(norms[[0, 3, 4]]).all()
 
 
+@pytest.mark.parametrize("sums_to_zero", [False, True])
+@pytest.mark.parametrize("apart", [1.0, 1e-2, 1e-4, 1e-6, 0.0])
+def test_what_like_samples_leave_of_a_gradient_is_right_or_nan(apart, sums_to_zero):
+    """dW = H^T D with rows of H that differ by little from their mean, and rows of D that may sum to nothing."""
+    h = normal(1, 6) + np.float32(apart) * normal(BATCH, 6)
+    c = normal(BATCH, 6)
+    if sums_to_zero:
+        c[2:] = -c[:2]
+    ours = ln(linear_probe(h, np.int32(0), normal(6, 6), c))[1]
+    exact = ln_norm(np.float64(h).T @ np.float64(c))
+    if sums_to_zero and apart < 1e-5:
+        assert np.isnan(ours)
+    else:
+        assert abs(ours - exact) < (0.02 if sums_to_zero and apart < 1e-3 else 1e-5)
+
+
 def test_affine_at_any_magnitude():
     m, w, b = normal(BATCH, 6), normal(6, 5), normal(5)
     run = jax.jit(lambda k: layers.affine(Probed(w, b, jnp.zeros((5, 2))), Scaled(m, k)))

@@ -399,15 +399,14 @@ def test_bfloat16_reads_what_bfloat16_can_tell():
     np.testing.assert_allclose(read.astype(np.float32), [np.log(np.linalg.norm(g)) for g in exact], atol=0.05)
 
 
-def test_what_cancels_below_rounding_is_nan():
-    """Two samples that saturation made equal, and a loss that looks at their difference alone."""
+def test_a_loss_of_differences_behind_samples_that_saturation_made_equal():
+    """Cotangents of two samples cancel, and so does the greatest part of each dJ/dW."""
     net = vgrad.mlp(64, "sigmoid", 7, 5)
     params = jax.jit(net.init, static_argnums=1)(jax.random.key(0), 8)
     x = np.random.default_rng(0).standard_normal((2, 7), np.float32)
     read = vgrad.profile(net, params, (x, 0), loss=lambda y, t: jnp.mean((y[0] - y[1]) ** 2))
     exact = jax.grad(lambda p: jnp.mean(jnp.square(jnp.diff(net.forward(p, x), axis=0))))(params)
     exact = [exact.embed.w, *exact.hidden.w, exact.readout.w]
-    known = np.isfinite(read.log_grad_w[0])
-    assert known[0]
-    assert not known.all()
-    np.testing.assert_allclose(read.log_grad_w[0][known], np.log([np.linalg.norm(g) for g in exact])[known], atol=0.02)
+    # In float32 the samples differ by few bits at the top.
+    np.testing.assert_allclose(read.log_grad_w[0], np.log([np.linalg.norm(g) for g in exact]), atol=0.02)
+    assert read.log_grad_w[0, -1] < read.log_delta[0, -1] + read.log_h[0, -2] - 5  # or nothing has cancelled

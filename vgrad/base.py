@@ -91,7 +91,8 @@ class Profile(NamedTuple):
 
     NaN past a network's last layer (l > depth), and where a NaN or inf in the input or the parameters reached the reading;
     -inf where a norm is exactly zero. `log_grad_w` is NaN, too, where what the samples of a batch add to dJ/dW_l cancels to less
-    than 64 eps of its square: with fewer samples than units its norm is a sum over Gram matrices, which then is rounding noise.
+    than 64 eps of its square: with fewer samples than units its norm is a sum over Gram matrices, which then is rounding noise;
+    what all samples share in h does not count in that, see `vgrad.gram`.
 
     Attributes:
       log_delta: ln ||delta_l||, delta_l = dJ/dz_l, with z_l the output of the layer: what the next one takes in.

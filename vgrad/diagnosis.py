@@ -34,7 +34,7 @@ class Diagnosis(NamedTuple):
       depth: number of sites on the longest way from the input, this one included.
       activation: the guess at what acts on the site's output, or "".
       status: "ok"; "disconnected" where delta is exactly zero; "non-finite"; "opaque"; "not run" in a branch that was not taken.
-      num_units: units of the site's output.
+      num_units: units of the site's output; of experts or an ensemble in one product, those of all.
       log_delta: ln of the Frobenius norm of delta = dJ/dz over the whole batch. -inf for zero.
       log_grad_w: ln ||dJ/dW|| of this use of the leaf; of a slice of it in a loop over layers. NaN at taps.
       log_w: ln ||W||.

@@ -2,17 +2,12 @@
 
 Every operation takes its input in one of two forms. On plain arrays it is the plain formula, differentiated by `jax.grad` like
 anything else. On `Scaled` numbers it is the same formula at any magnitude, and `affine` is then a **probe**: it passes the
-cotangent on and gives, as the "gradient" of a dummy argument, norms of what it saw,
-
-    ||delta||, ||dJ/dW||, ||dJ/db||, ||W^T delta||,      ||dJ/dW||_F^2 = sum((H H^T) * (D D^T)),
-
-the second from two [B, B] Gram matrices, so that dJ/dW is never formed where the batch is smaller than both widths. A block is
-written once; what is measured and what is trained are the same function.
+cotangent on and gives, as the "gradient" of a dummy argument, norms of what it saw: see `vgrad.gram`. A block is written once; what
+is measured and what is trained are the same function.
 """
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -22,7 +17,8 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
-from vgrad.scaled import Scaled, bare, change_if, exponent, headroom, lift, pow2, reach, scale, shift, sumsq, unit
+from vgrad.gram import probed_dot
+from vgrad.scaled import Scaled, bare, headroom, lift, pow2, shift, unit
 
 __all__ = [
     "Probed",
@@ -78,63 +74,7 @@ def affine(p: Affine | Probed, h, *, precision="highest"):
         raise TypeError("a Scaled input needs probed parameters: see layers.with_probe.")
     e = unit(h.m)
     m, k = shift(h.m, -e), h.k + e
-    return Scaled(_probed_dot(precision, m, k, p.w, p.probe), k) + bare(p.b[None])
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _probed_dot(precision, m, k, w, probe):
-    """m @ w, with NaN for inf. Differentiable in m and, in the sense of the module docstring, in the probe."""
-    z = jnp.dot(m, w, precision=precision)
-    return jnp.where(jnp.isfinite(z), z, jnp.nan)
-
-
-def _probed_dot_fwd(precision, *args):
-    asked = args[0].perturbed
-    m, k, w, probe = (a.value for a in args)
-    # The Gram matrix belongs to the layer, not to the cotangent: it is formed once for all lanes, and m need not be kept.
-    # Where it would be larger than dJ/dW, as in a readout of few units, that is formed.
-    # In 16 bits the Gram matrices would be noise: there it is formed too.
-    by_gram = m.shape[0] < min(w.shape) and jnp.finfo(m.dtype).bits >= 32
-    seen = jnp.dot(m, m.T, precision=precision).reshape(-1) if by_gram else m
-    # Of data nobody asks for the cotangent, and it may be far wider than the layers.
-    behind = w if asked else w[:0]
-    return _probed_dot(precision, m, k, w, probe), (seen, jnp.stack([sumsq(m), k.astype(m.dtype)]), behind)
-
-
-def _probed_dot_bwd(precision, residuals, c):
-    """W^T c and the norms [5, 2] of the probe. Without a row in w nobody asks for W^T c, and its norm is 0.
-
-    The products of the samples of c with each other, summed against those of h, are ||dJ/dW||^2. A cotangent comes rescaled, so
-    that its squares are ordinary numbers. Behind slopes that are all but zero they are not, and it is squared in units a little
-    below its largest entry, so that what cancels in a sum over it is still seen.
-    """
-    seen, (sumsq_h, k), w = residuals
-    c_in, as_it_is = jnp.dot(c, w.T, precision=precision), jnp.zeros((), jnp.int32)
-    below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-    delta, delta_in = sumsq(c), sumsq(c_in)
-
-    def in_own_units(state):
-        e = jnp.maximum(exponent(state[0]) - below, -most)
-        of_w = exponent(lax.optimization_barrier((w, e))[0])  # or it would be read at every layer: it does not depend on the state
-        e_in = jnp.clip(e + of_w, -most, most)
-        own = scale(state[0], -e)
-        return own, sumsq(own), sumsq(scale(c_in, -e_in)), e, e_in
-
-    looked_at = jnp.stack([delta, delta_in] if c_in.size else [delta])
-    strange = jnp.any(jnp.abs(jnp.log2(looked_at)) >= below)  # not NaN, which no units will help
-    own, delta, delta_in, e, e_in = change_if(strange, in_own_units, (c, delta, delta_in, as_it_is, as_it_is))
-    if seen.ndim == 1:
-        grad_w = jnp.dot(jnp.dot(own, own.T, precision=precision).reshape(-1), seen, precision=precision)
-        # What it would be if all samples agreed; far below, a sum of Gram matrices is rounding noise and no reading.
-        grad_w = jnp.where(grad_w < 64 * jnp.finfo(c.dtype).eps * sumsq_h * delta, jnp.nan, grad_w)
-    else:
-        grad_w = sumsq(jnp.dot(seen.T, own, precision=precision))
-    e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
-    norms = jnp.stack([delta, grad_w, sumsq(jnp.sum(own, axis=0)), delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
-    return c_in if c_in.size else None, None, None, jnp.stack(norms, axis=-1)
-
-
-_probed_dot.defvjp(_probed_dot_fwd, _probed_dot_bwd, symbolic_zeros=True)
+    return Scaled(probed_dot(precision, m, k, p.w, p.probe), k) + bare(p.b[None])
 
 
 def activate(phi: Phi, z):
