@@ -43,9 +43,10 @@ def _gram(precision, h) -> _Gram:
     """The `_Gram` of h [B, N]. Its noise is 64 eps of what the sum would be if all its terms had one sign, and then some."""
     m, eps = jnp.mean(h, axis=0), jnp.finfo(h.dtype).eps
     own = h - m[None]
-    along = jnp.dot(own, m, precision=precision)
-    products = jnp.dot(own, own.T, precision=precision) + along[:, None] + along[None]
-    noise = sumsq(own) + 2 * jnp.sqrt(len(h) * sumsq(along)) + eps * sumsq(h)
+    along = jnp.sum(own * m[None], axis=1)
+    pairs = jnp.dot(own, own.T, precision=precision)
+    products = pairs + along[:, None] + along[None]
+    noise = jnp.trace(pairs) + 2 * jnp.sqrt(len(h) * sumsq(along)) + eps * sumsq(h)
     return _Gram(products.reshape(-1), sumsq(m), 64 * eps * noise)
 
 
