@@ -193,12 +193,12 @@ def _tally(readings, num_seeds, shape, bins: _Bins) -> _Tally:
 
 
 def _with(a: Any, b: Any) -> Any:
-    """The tally of what is in either, on the host and in float64."""
+    """The tally of what is in either, on the host and in float64. The histogram, the most of it, is added to that of `a`."""
     if b is None:
         return a
-    b = jax.tree.map(lambda v: np.asarray(v, np.float64), jax.device_get(b))
+    b = jax.device_get(b)
     if a is None:
-        return b
+        return jax.tree.map(lambda v: np.array(v, np.float64), b)
     num, most = a.num + b.num, np.maximum(a.most, b.most)
     share = b.num / np.maximum(num, 1)
     with np.errstate(invalid="ignore"):
@@ -206,7 +206,8 @@ def _with(a: Any, b: Any) -> Any:
     return _Tally(
         num, a.num_zero + b.num_zero, a.num_nan + b.num_nan, a.mean + (b.mean - a.mean) * share,
         a.spread + b.spread + np.square(b.mean - a.mean) * a.num * share, np.minimum(a.least, b.least), most,
-        a.first * ours + b.first * theirs, a.second * ours**2 + b.second * theirs**2, a.histogram + b.histogram,
+        a.first * ours + b.first * theirs, a.second * ours**2 + b.second * theirs**2,
+        np.add(a.histogram, b.histogram, out=a.histogram),
     )  # fmt: skip
 
 
