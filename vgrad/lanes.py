@@ -293,10 +293,6 @@ def _loss_cotangent(loss, y: Scaled):
 
     zero = jnp.zeros_like(y.m)
     _, g, within = lax.while_loop(lambda state: state[0] >= 0, at, (jnp.abs(side), zero, zero))
-    degree = jnp.round(log_ratio(_norm(g), _norm(within)) / (step * jnp.log(2.0).astype(g.dtype)))
+    degree = jnp.round(log_ratio(norm(bare(g)), norm(bare(within))) / (step * jnp.log(2.0).astype(g.dtype)))
     degree = jnp.where(jnp.isfinite(degree), degree, 0).astype(jnp.int32)
     return _rescaled(g, degree * side * (y.k - edge))
-
-
-def _norm(x):
-    return norm(bare(x))
