@@ -52,7 +52,17 @@ def _gram(precision, h) -> _Gram:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def probed_dot(precision, m, k, w, probe):
-    """m @ w, with NaN for inf. Differentiable in m and, in the sense of the module docstring, in the probe."""
+    """m @ w, with NaN for inf, of inputs m * 2^k. Differentiable in reverse, in m and in the probe; w has no cotangent.
+
+    Args:
+      precision: of the products, as in `jax.lax.Precision`. Static.
+      m: Shape [B, fan_in], float.  k: exponent, int32. Shape [].
+      w: Shape [fan_in, fan_out], of the dtype of m.
+      probe: zeros of that dtype, which do nothing. Shape [5, 2]. Its "cotangent" holds the `LogNorm`s of the output's delta, dJ/dW,
+        dJ/db, W^T delta and m * 2^k, in this order; that of dJ/dW is NaN where all that is left of the sum is rounding noise.
+    Returns:
+      [B, fan_out], in units of 2^k.
+    """
     z = jnp.dot(m, w, precision=precision)
     return jnp.where(jnp.isfinite(z), z, jnp.nan)
 

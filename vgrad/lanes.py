@@ -257,9 +257,9 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
 
 
 def carry(norms, lane: Lanes):
-    """The norms [5, 2] of a layer whose probe read so many on one lane, the cotangent of the layer's output, in units of its c.
+    """The norms [5, 2] of a layer, from those that its probe read on one lane: the cotangent of the layer's output, in units of c.
 
-    All but the last belong to the cotangent. The probe's delta is that of the affine map's own output: what the layer goes on to
+    All but the last scale with the lane. The probe's delta is that of the affine map's own output: what the layer goes on to
     do to it, a factor or a normalisation, is part of the step down, so the delta of the layer is read off the lane.
     """
     e = lane.e.astype(norms.dtype)

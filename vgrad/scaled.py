@@ -183,7 +183,7 @@ def add(x: Scaled, y: Scaled) -> Scaled:
 
 
 def times(x: Scaled, factor: Any) -> Scaled:
-    """factor * x in standard units, for a number or an array that broadcasts against x. NaN for what is not finite."""
+    """factor * x in standard units; shapes broadcast. The factor is a plain number or array; NaN where it is not finite."""
     e = unit(x.m)
     return canonical(Scaled(bare(shift(x.m, -e) * factor).m, x.k + e))
 

@@ -105,7 +105,7 @@ def analyse(closed, leaves: list[str]) -> Plan:
     return plan._replace(used=out[0].deps)
 
 
-def _axes(v) -> Path:
+def _axes(v) -> tuple[int, ...]:
     return tuple(range(len(v.aval.shape)))
 
 
