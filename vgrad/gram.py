@@ -89,29 +89,25 @@ def _bwd(precision, residuals, c):
     seen, (sumsq_h, k), w = residuals
     c_in, as_it_is = jnp.dot(c, w.T, precision=precision), jnp.zeros((), jnp.int32)
     below, most = 5 * headroom(c.dtype) // 6, reach(c.dtype)
-
-    def look(c):
-        """Sums of squares of c, of its dJ/dW but for what the samples share, and of its dJ/db."""
-        grad_b = sumsq(jnp.sum(c, axis=0))
-        if not isinstance(seen, _Gram):
-            return sumsq(c), sumsq(jnp.dot(seen.T, c, precision=precision)), grad_b
-        pairs = jnp.dot(c, c.T, precision=precision).reshape(-1)
-        return jnp.sum(pairs[:: len(c) + 1]), jnp.dot(pairs, seen.products, precision=precision), grad_b
+    delta, delta_in = sumsq(c), sumsq(c_in)
 
     def in_own_units(state):
-        # What does not depend on the state would be computed at every layer.
-        own, own_in, of_w, _ = lax.optimization_barrier((c, c_in, w, state[2]))
-        e = jnp.maximum(exponent(own) - below, -most)
-        e_in = jnp.clip(e + exponent(of_w), -most, most)
-        return look(scale(own, -e)), sumsq(scale(own_in, -e_in)), e, e_in
+        e = jnp.maximum(exponent(state[0]) - below, -most)
+        of_w = exponent(lax.optimization_barrier((w, e))[0])  # or it would be read at every layer: it does not depend on the state
+        e_in = jnp.clip(e + of_w, -most, most)
+        own = scale(state[0], -e)
+        return own, sumsq(own), sumsq(scale(c_in, -e_in)), e, e_in
 
-    norms, delta_in = look(c), sumsq(c_in)
-    looked_at = jnp.stack([norms[0], delta_in] if c_in.size else [norms[0]])
+    looked_at = jnp.stack([delta, delta_in] if c_in.size else [delta])
     strange = jnp.any(jnp.abs(jnp.log2(looked_at)) >= below)  # not NaN, which no units will help
-    (delta, grad_w, grad_b), delta_in, e, e_in = change_if(strange, in_own_units, (norms, delta_in, as_it_is, as_it_is))
+    own, delta, delta_in, e, e_in = change_if(strange, in_own_units, (c, delta, delta_in, as_it_is, as_it_is))
+    grad_b = sumsq(jnp.sum(own, axis=0))
     if isinstance(seen, _Gram):
+        grad_w = jnp.dot(jnp.dot(own, own.T, precision=precision).reshape(-1), seen.products, precision=precision)
         grad_w = grad_w + seen.shared * grad_b
         grad_w = jnp.where(grad_w < seen.noise * delta, jnp.nan, grad_w)
+    else:
+        grad_w = sumsq(jnp.dot(seen.T, own, precision=precision))
     e, e_in = e.astype(c.dtype), e_in.astype(c.dtype)
     norms = jnp.stack([delta, grad_w, grad_b, delta_in, sumsq_h]), jnp.stack([e, e + k, e, e_in, k])
     return c_in if c_in.size else None, None, None, jnp.stack(norms, axis=-1)

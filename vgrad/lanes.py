@@ -41,12 +41,10 @@ class Lanes(NamedTuple):
     Attributes:
       c: ordinary numbers. Shape [G, B, N].
       e: exponents, int32. Shape [G].
-      size: sums of squares of c. Shape [G].
     """
 
     c: Any
     e: Any
-    size: Any
 
 
 class Stack(NamedTuple):
@@ -223,27 +221,27 @@ def _walk(lanes: Lanes, entries, stack: Stack, state, top, bottom):
     One that has not entered yet goes along, and is replaced when it enters.
     """
 
-    def unsettled(l, now):
-        """Whether anything is to be done below layer l: to most layers nothing is. NaN has no exponent, and is left."""
-        return jnp.any((now.size < 2.0**-_ROOM) | (now.size > 2.0**_ROOM)) | jnp.any(entries == l)
+    def unsettled(l, c):
+        """Whether anything is to be done below layer l: to most layers nothing is."""
+        sizes = jax.vmap(sumsq)(c)
+        return jnp.any((sizes < 2.0**-_ROOM) | (sizes > 2.0**_ROOM)) | jnp.any(entries == l)  # NaN has no exponent, and is left
 
-    def settle(l, now):
+    def settle(l, state):
         """The lanes below layer l with entries of order 1, and in its place the network whose readout stands there."""
+        c, e = state
         # Read off c itself, after the activation: two phi' of 1e-30 in a row are a reading still.
-        by, enters = unit(now.c, (1, 2)), entries == l
-        c = scale(now.c, -by[:, None, None])
-        now = Lanes(c, now.e + by, jax.vmap(sumsq)(c))
-        return jax.tree.map(lambda new, old: jnp.where(enters.reshape(-1, *[1] * (new.ndim - 1)), new, old), lanes, now)
+        by = unit(c, (1, 2))
+        c, e, enters = scale(c, -by[:, None, None]), e + by, entries == l
+        return Lanes(jnp.where(enters[:, None, None], lanes.c, c), jnp.where(enters, lanes.e, e))
 
     def layer(l, first, kept, state):
-        above, read = state
-        norms, c = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(above.c)
+        (above, e), read = state
+        norms, c = jax.vmap(stack.vjp_of(_at(stack.hidden, l), _at(kept, l - first)))(above)
         # A lane with NaN has none but NaN below, in any case. Said by its norm, so that the norms come before the new c, which can
         # then take the old one's memory: else c is copied at every layer.
         c = jnp.where(jnp.isnan(norms[:, :1, :1]), jnp.nan, c)
-        read = lax.dynamic_update_index_in_dim(read, jax.vmap(carry)(norms, above), l, 0)
-        below = Lanes(c, above.e, jax.vmap(sumsq)(c))
-        return change_if(unsettled(l, below), partial(settle, l), below), read
+        read = lax.dynamic_update_index_in_dim(read, jax.vmap(carry)(norms, Lanes(above, e)), l, 0)
+        return change_if(unsettled(l, c), partial(settle, l), Lanes(c, e)), read
 
     def segment(s, state):
         first, kept = s * stack.length, stack.segment(s)
@@ -263,7 +261,7 @@ def carry(norms, lane: Lanes):
     do to it, a factor or a normalisation, is part of the step down, so the delta of the layer is read off the lane.
     """
     e = lane.e.astype(norms.dtype)
-    delta = jnp.stack([lane.size, e])[None]
+    delta = jnp.stack([sumsq(lane.c), e])[None]
     return jnp.concatenate([delta, norms[1:] + e * jnp.asarray([[0, 1]] * 3 + [[0, 0]], norms.dtype)])
 
 
@@ -274,8 +272,7 @@ def _at(tree, l):
 def _rescaled(c, e):
     """One lane with its entries brought to order 1. Exact."""
     by = unit(c)
-    c = scale(c, -by)
-    return Lanes(c, e + by, sumsq(c))
+    return Lanes(scale(c, -by), e + by)
 
 
 def _loss_cotangent(loss, y: Scaled):
