@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parents[1] / "vgrad"
 # A module imports only modules of a lower level, except where a level lists its modules in groups: those of a later group may
 # import those of an earlier one.
 LEVELS = [
-    [{"base"}, {"activations", "initializers", "scaled"}, {"gaussian"}],
+    [{"base"}, {"activations", "draws", "scaled"}, {"gaussian", "initializers"}],
     [{"gram"}, {"layers", "losses"}, {"network"}],
     [
         {"moments", "readout"}, {"criticality", "freeprob", "finite_width", "kernels"}, {"scatter"}, {"prediction", "nested"},

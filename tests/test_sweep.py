@@ -95,7 +95,7 @@ def test_a_bad_point_does_not_poison_the_others():
         lambda point: vgrad.mlp(8, cubic, 4, 3, sigma_w=point["sigma_w"]),
         {"sigma_w": [0.5, 1e12]},
         num_seeds=2,
-        depths=[6],
+        depths=[4],
         **OPTIONS,
     )
     assert np.isfinite(swept.log_delta[0]).all()

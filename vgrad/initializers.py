@@ -16,6 +16,8 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
+from vgrad.draws import standard_normal
+
 __all__ = [
     "INITIALIZERS", "check_sigma", "get", "he", "identity", "lecun", "normal", "orthogonal", "positive_uniform",
     "truncated_normal", "uniform", "xavier_fan_avg", "xavier_fan_in",
@@ -37,9 +39,20 @@ def _scaled(sigma_w, unit):
     return lambda key, shape, dtype=None: jnp.asarray(sigma_w, dtype or float) * unit(key, shape, dtype or jnp.result_type(float))
 
 
+def _normal(variance):
+    def draw(key, shape, dtype):
+        if len(shape) < 2:
+            raise ValueError(f"the shape of the weights is {shape}, expected [fan_in, fan_out].")
+        positions = math.prod(shape[:-2])  # of a convolution's kernel
+        std = math.sqrt(variance(positions * shape[-2], positions * shape[-1]))
+        return jnp.asarray(std, dtype) * standard_normal(key, shape, dtype)
+
+    return draw
+
+
 def normal(sigma_w=1.0):
     """N(0, sigma_w^2 / fan_in)."""
-    return _scaled(sigma_w, jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal"))
+    return _scaled(sigma_w, _normal(lambda fan_in, fan_out: 1 / fan_in))
 
 
 def uniform(sigma_w=1.0):
@@ -93,7 +106,7 @@ def xavier_fan_avg():
 
     jax's `glorot_normal` has the same variance, but is truncated.
     """
-    return jax.nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
+    return _scaled(1.0, _normal(lambda fan_in, fan_out: 2 / (fan_in + fan_out)))
 
 
 def positive_uniform(scale=1.0):

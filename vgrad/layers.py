@@ -17,6 +17,7 @@ from jax import lax
 
 from vgrad import activations, initializers
 from vgrad.base import Affine, Array, Block, Phi
+from vgrad.draws import standard_normal
 from vgrad.gram import probed_dot
 from vgrad.scaled import Scaled, bare, headroom, lift, pow2, shift, unit
 
@@ -174,7 +175,7 @@ def linear(
         key_w, key_b = jax.random.split(key)
         dtype = jnp.result_type(float)
         w = jnp.asarray(sigma_w, dtype) * draw(key_w, (fan_in, fan_out), dtype)
-        b = jnp.zeros(fan_out, dtype) if no_bias else jnp.asarray(sigma_b, dtype) * jax.random.normal(key_b, (fan_out,), dtype)
+        b = jnp.zeros(fan_out, dtype) if no_bias else jnp.asarray(sigma_b, dtype) * standard_normal(key_b, (fan_out,), dtype)
         return Affine(w, b)
 
     return Block(init, _Linear(precision))

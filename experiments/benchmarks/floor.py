@@ -26,6 +26,7 @@ from table import align, save
 from workloads import SIZES, SIZES_QUICK, nested_flops
 
 from vgrad import cost
+from vgrad.draws import standard_normal
 from vgrad.lanes import group_size
 
 COPIES = 16  # of every operand, so that it comes from where a layer's weights come from
@@ -80,7 +81,7 @@ def run(config: Config) -> dict[str, Any]:
         "c c^T, a group of lanes": (walked, lambda i, c: corner(dot(c, c.mT)[0]), (lanes, b, n)),
         "h W, a layer": (layers, lambda i, h, w: corner(dot(h, w)), (b, n), (n, n)),
         "h h^T, a layer": (layers, lambda i, h: corner(dot(h, h.T)), (b, n)),
-        "W drawn": (int(depths[-1]), lambda i: jnp.sum(jax.random.normal(jax.random.key(i), (n, n)))),
+        "W drawn": (int(depths[-1]), lambda i: jnp.sum(standard_normal(jax.random.key(i), (n, n)))),
     }
     rows = {name: (count, seconds(mesh, calls, f, *shapes)) for name, (count, f, *shapes) in each.items()}
     rate = cost.peak(mesh, 256 if config.quick else None) / mesh.size
