@@ -6,7 +6,7 @@ same time and precision (full float32). Profiles are reduced on the fly by `vgra
 the time. On CPU a fraction is run and extrapolated, and the fraction is printed; the table says whether each claim held.
 
 Then weak scaling: the same number of seeds per device on 1, 2, 4, 8 virtual devices and per process on 1 and 2 processes. They
-share the machine's cores, so beyond one per core the networks per second can at best stay. Three minutes on two cores.
+share the machine's cores, so beyond one per core the networks per second can at best stay. Four minutes on two cores.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from table import align, save
 from workloads import SIGMA_B, SIGMA_W, Size, nested_flops
 
 HERE = Path(__file__).parent
-PORTIONS = 4
+PORTIONS = 16
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -36,7 +36,7 @@ class Config:
     seeds: int = 16_384
     """Seeds of the whole; times 64 depths."""
     fraction: float | None = None
-    """Share of the seeds that is run. Default: 1/32 on CPU, all on an accelerator."""
+    """Share of the seeds that is run. Default: 1/16 on CPU, all on an accelerator."""
     chunk: int | None = None
     """Seeds between two reductions. Default: 64 on CPU, 512 on an accelerator."""
     scaling: bool = True
@@ -187,7 +187,7 @@ def _child(job):
 
     warnings.filterwarnings("ignore", "log_mean_sq is carried")  # what is measured is the time
     cpu, size = jax.default_backend() == "cpu", Size(*job["size"])
-    fraction = job["fraction"] or (1 / 32 if cpu else 1)
+    fraction = job["fraction"] or (1 / 16 if cpu else 1)
     chunk = job["chunk"] or (64 if cpu else 512)
     print(json.dumps(measure(size, round(size.seeds * fraction), chunk)))
 
