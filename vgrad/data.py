@@ -3,6 +3,7 @@
     x <- (x - mean) / std,    feature by feature over the whole data set; a constant feature becomes zero.
 """
 
+import functools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,12 +44,15 @@ def load(path: Path | None) -> Data:
     return digits() if path is None else from_file(path)
 
 
+@functools.cache
 def digits() -> Data:
-    """1797 handwritten digits of 8 x 8 pixels, as scikit-learn ships them. Alpaydin & Kaynak, 1998."""
+    """1797 handwritten digits of 8 x 8 pixels, as scikit-learn ships them. Alpaydin & Kaynak, 1998. Read-only arrays, read once."""
     from sklearn.datasets import load_digits
 
     x, t = load_digits(return_X_y=True)
-    return Data("scikit-learn digits", _standardised(x), np.asarray(t, np.int32))
+    x, t = _standardised(x), np.asarray(t, np.int32)
+    x.flags.writeable = t.flags.writeable = False
+    return Data("scikit-learn digits", x, t)
 
 
 def from_file(path: Path) -> Data:

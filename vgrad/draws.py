@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from vgrad.base import Array
@@ -60,21 +61,21 @@ def _draw(key, shape):
 
 
 def _written(make, num):
-    """make(), complex64 of shape [num], from memory. What leaves a loop, this one of one step, is not computed at each use."""
-    once = lax.optimization_barrier(jnp.ones((), bool))  # a number of steps that the compiler does not know
-    start = once, jnp.zeros(num, jnp.complex64)
-    return lax.while_loop(lambda state: state[0], lambda _: (jnp.zeros((), bool), make()), start)[1]
+    """make(), complex64 of shape [num], from memory. What leaves a branch is not computed once more by each that reads it."""
+    chosen = lax.optimization_barrier(jnp.ones((), bool))  # as far as the compiler knows, by somebody else
+    return lax.cond(chosen, make, lambda: jnp.zeros(num, jnp.complex64))
 
 
 def _threefry(key, a, b):
-    """The counter (a, b), hashed. All of them uint32, the key [2]."""
-    keys = key[0], key[1], key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA)
-    a, b = a + keys[0], b + keys[1]
+    """The counter (a, b), hashed. All of them uint32, the key [2]. In `lax`, which is traced faster than operators are."""
+    keys = [lax.broadcast(k, a.shape) for k in (key[0], key[1], key[0] ^ key[1] ^ np.uint32(0x1BD11BDA))]
+    a, b = lax.add(a, keys[0]), lax.add(b, keys[1])
     for i in range(5):
         for by in _ROTATIONS[i % 2]:
-            a = a + b
-            b = ((b << by) | (b >> (32 - by))) ^ a
-        a, b = a + keys[(i + 1) % 3], b + keys[(i + 2) % 3] + jnp.uint32(i + 1)
+            a = lax.add(a, b)
+            turned = lax.bitwise_or(lax.shift_left(b, np.uint32(by)), lax.shift_right_logical(b, np.uint32(32 - by)))
+            b = lax.bitwise_xor(turned, a)
+        a, b = lax.add(a, keys[(i + 1) % 3]), lax.add(lax.add(b, keys[(i + 2) % 3]), np.uint32(i + 1))
     return a, b
 
 
