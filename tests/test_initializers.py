@@ -157,6 +157,17 @@ def test_the_signature_is_that_of_jax(name):
         assert (a.dtype, b.dtype) == (jnp.float64, jnp.float32)
 
 
+@pytest.mark.parametrize(("ours", "mode"), [("lecun", "fan_in"), ("xavier_fan_avg", "fan_avg")])
+def test_the_fans_are_those_of_jax(ours, mode):
+    """Also of a convolution's kernel: in float64 the draws are jax's own, so that nothing but the std can differ."""
+    theirs = jax.nn.initializers.variance_scaling(1.0, mode, "normal")
+    with jax.enable_x64(True):
+        for shape in ((4, 6), (3, 2, 4, 6)):
+            np.testing.assert_allclose(initializers.get(ours)(KEY, shape), theirs(KEY, shape), rtol=1e-14)
+    with pytest.raises(ValueError, match=r"the shape of the weights is \(4,\), expected \[fan_in, fan_out\]"):
+        initializers.get(ours)(KEY, (4,))
+
+
 def test_an_initializer_of_jax_fits_everywhere():
     theirs: Any = jax.nn.initializers.he_uniform()
     assert initializers.get(theirs) is theirs
