@@ -24,6 +24,10 @@ if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
     if jax.__version_info__ < (0, 11):
         flags += " --xla_cpu_use_fusion_emitters=false"
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+# And its own core, so that XLA makes one thread: of more, some spin where others work.
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 # Tracing makes millions of small objects, and few cycles.
 gc.set_threshold(200_000, 50, 1000)
 jax.config.update("jax_traceback_in_locations_limit", 0)
