@@ -87,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     rate = cost.peak(mesh, 256 if config.quick else None) / mesh.size
     by_jax = seconds(mesh, calls, lambda i: jnp.sum(jax.random.normal(jax.random.key(i), (n, n))))
     return {"rows": rows, "drawn_by_jax": by_jax, "lanes": lanes, "flop": nested_flops(size) / size.seeds, "flops": rate,
-            "devices": mesh.size, "device": jax.devices()[0].device_kind, "jax": jax.__version__}  # fmt: skip
+            "seeds": size.seeds, "devices": mesh.size, "device": jax.devices()[0].device_kind, "jax": jax.__version__}  # fmt: skip
 
 
 def report(result: dict[str, Any]) -> str:
@@ -98,7 +98,7 @@ def report(result: dict[str, Any]) -> str:
     total = sum(count * s for count, s in result["rows"].values())
     count, each = result["rows"]["W drawn"]
     drawn, by_jax = count * each, result["drawn_by_jax"]
-    bound = result["flop"] / result["flops"]
+    bound, draws = result["flop"] / result["flops"], result["seeds"] / result["devices"]
     return "\n".join([
         "# What no arrangement of these products can beat", "",
         f"{result['devices']} x {result['device']}, jax {result['jax']}; one draw of the medium workload, {result['lanes']} lanes "
@@ -106,8 +106,9 @@ def report(result: dict[str, Any]) -> str:
         *align(rows), "",
         f"Together {1e3 * total:.1f} ms a draw, {1e3 * (total - drawn):.1f} without drawing. At the rate of a large product, "
         f"{result['flops'] / 1e9:.0f} GFLOP/s a device, the same operations would take {1e3 * bound:.1f} ms: the floor is "
-        f"{total / bound:.2f} times that bound, {(total - drawn) / bound:.2f} without drawing. `jax.random.normal` would take "
-        f"{1e6 * by_jax:.1f} microseconds for a W, {by_jax / each:.1f} times as long.",
+        f"{total / bound:.2f} times that bound, {(total - drawn) / bound:.2f} without drawing. The {result['seeds']} seeds of the "
+        f"workload, drawn before, take {draws * (total - drawn):.2f} s at least, and {draws * bound:.2f} s at that rate. "
+        f"`jax.random.normal` would take {1e6 * by_jax:.1f} microseconds for a W, {by_jax / each:.1f} times as long.",
     ]) + "\n"  # fmt: skip
 
 
